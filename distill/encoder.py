@@ -1,0 +1,49 @@
+"""The Encoder: the one face that every model and every artifact shows to evaluations, parity checks and benchmarks.
+
+Shape legend: B batch, N patch tokens, D width, H W pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen features of a batch: `cls` [B, D] after the final norm and `patches` [B, N, D], both float32 on the CPU."""
+
+    cls: Tensor
+    patches: Tensor
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """images [B, 3, H, W] float32, preprocessed (see distill/data/preprocess.py) -> Features.
+
+    Attributes:
+        target: how the numbers are labelled, e.g. `torch-fp32`, `onnx-int8`.
+        conditions: what a row must say about this encoder: runtime and version, precision, device, threads, artifact sha256.
+    """
+
+    target: str
+    conditions: dict
+
+    def __call__(self, images: Tensor) -> Features: ...
+
+
+class RawPixels:
+    """The yardstick that needs no network: `cls` is the flattened preprocessed image, `patches` its 8 x 8 px cells."""
+
+    def __init__(self, cell: int = 8):
+        self.target = "pixels"
+        self.conditions = {"runtime": f"numpy {np.__version__}"}
+        self.cell = cell
+
+    def __call__(self, images: Tensor) -> Features:
+        b, c, h, w = images.shape
+        p = self.cell
+        cropped = images[:, :, : h // p * p, : w // p * p]
+        patches = cropped.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).reshape(b, -1, c * p * p)
+        return Features(images.flatten(1).float(), patches.float())

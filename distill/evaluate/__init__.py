@@ -1,0 +1,1 @@
+"""Frozen-feature evaluations; every one takes an Encoder or the features it produced."""

@@ -1,0 +1,1 @@
+"""Objectives and targets: pure functions of tensors."""

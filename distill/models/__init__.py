@@ -1,0 +1,1 @@
+"""Networks: the backbone, its projection heads, and how both are saved and loaded."""

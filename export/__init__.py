@@ -1,0 +1,1 @@
+"""Shipping: graphs, quantization, engines, runtimes, proofs, measurements, report, bundle. Imports `distill`, never `recipes`."""

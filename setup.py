@@ -1,0 +1,54 @@
+"""Packaging of Decant. Tool settings live in pyproject.toml; everything that pip needs is here."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# tensorrt_rtx publishes wheels for Linux and Windows on x86-64 only; elsewhere its targets say "not measured".
+RTX = "tensorrt_rtx>=1.3; (sys_platform == 'linux' or sys_platform == 'win32') and (platform_machine == 'x86_64' or platform_machine == 'AMD64')"
+
+TEST = ["pytest>=8", "pytest-timeout>=2", "jaxtyping>=0.3", "beartype>=0.19", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"]
+
+setup(
+    name="decant-vision",
+    version="0.1.0",
+    description="Pour a large vision model into small ones that ship: pretrain, distil, quantize, compile, measure, bundle.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["distill*", "export*", "recipes*"]),
+    package_data={"recipes": ["*.yaml"], "export": ["templates/*"]},
+    install_requires=[
+        "torch>=2.11,!=2.13.0",  # the CPU wheel of 2.13.0 breaks torchvision, and with it timm
+        "accelerate>=1.2",
+        "timm>=1.0.20",
+        "torch-pruning>=1.5",
+        "onnx>=1.17",
+        "onnxscript>=0.5",  # torch's ONNX exporter is built on it
+        "onnxruntime>=1.20",
+        "datasets>=3.2",
+        "numpy>=1.26",
+        "pillow>=11",
+        "safetensors>=0.4.5",
+        "scikit-learn>=1.5",
+        "scipy>=1.13",
+        "pydantic>=2.10",
+        "pyyaml>=6",
+        "typer>=0.15",
+        "rich>=13",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "psutil>=6",
+        "tensorboard>=2.18",
+        RTX,
+    ],
+    extras_require={
+        "test": TEST,
+        "tensorrt": ["tensorrt>=10.3"],  # fetches its libraries from the vendor's own index
+        "openvino": ["openvino>=2025.0"],
+    },
+    entry_points={"console_scripts": ["decant = recipes.cli:main"]},
+)
