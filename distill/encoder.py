@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,18 @@ class RawPixels:
         cropped = images[:, :, : h // p * p, : w // p * p]
         patches = cropped.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).reshape(b, -1, c * p * p)
         return Features(images.flatten(1).float(), patches.float())
+
+
+class TorchEncoder:
+    """A backbone in PyTorch as an Encoder: evaluation mode, no gradients, float32 out."""
+
+    def __init__(self, backbone: nn.Module, device: str = "cpu"):
+        self.backbone = backbone.to(device).eval()
+        self.device = device
+        self.target = "torch-fp32"
+        self.conditions = {"runtime": f"torch {torch.__version__}", "precision": "fp32", "device": device}
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Features:
+        out = self.backbone(images.to(self.device))
+        return Features(out.cls.float().cpu(), out.patches.float().cpu())

@@ -1,0 +1,106 @@
+"""Models on disk: safetensors beside a `model.json` that rebuilds the exact model. Nothing is pickled.
+
+    model.json             format, backbone config, head configs, preprocessing, lineage
+    backbone.safetensors   every parameter of the Backbone under its own name
+    heads.safetensors      `dino.*` and `ibot.*`, when the model was trained here
+"""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distill.data.preprocess import Preprocess
+from distill.errors import UserError
+from distill.files import read_json, replacing, write_json
+from distill.models.backbone import Backbone, BackboneConfig
+from distill.models.heads import DINOHead, HeadConfig
+
+FORMAT = "decant-model-1"
+M = TypeVar("M", bound=nn.Module)
+
+
+def save_model(
+    folder: Path, backbone: Backbone, preprocess: Preprocess, heads: dict[str, DINOHead] | None = None, lineage: dict[str, Any] | None = None
+) -> None:
+    """Write a model folder. `model.json` goes last: a folder without it is an interrupted write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "backbone.safetensors", backbone.state_dict())
+    if heads:
+        save_tensors(folder / "heads.safetensors", {f"{n}.{k}": v for n, h in heads.items() for k, v in h.state_dict().items()})
+    write_json(
+        folder / "model.json",
+        {
+            "format": FORMAT,
+            "backbone": backbone.config.model_dump(),
+            "heads": {n: h.config.model_dump() for n, h in (heads or {}).items()},
+            "preprocess": preprocess.to_json(),
+            "lineage": lineage or {},
+        },
+    )
+
+
+def load_backbone(folder: Path) -> Backbone:
+    """The backbone of a model folder, float32, in evaluation mode.
+
+    Raises:
+        UserError: the folder holds no model, or one of another format or shape.
+    """
+    config = BackboneConfig(**model_info(folder)["backbone"])
+    return load_into(Backbone(config), folder / "backbone.safetensors").eval()
+
+
+def load_heads(folder: Path, dim: int) -> dict[str, DINOHead]:
+    """The projection heads by name (`dino`, `ibot`); empty when the model has none."""
+    configs = model_info(folder)["heads"]
+    if not configs:
+        return {}
+    heads = nn.ModuleDict({n: DINOHead(dim, HeadConfig(**c)) for n, c in configs.items()})
+    return dict(load_into(heads, folder / "heads.safetensors").eval().items())
+
+
+def load_preprocess(folder: Path) -> Preprocess:
+    return Preprocess.from_json(model_info(folder)["preprocess"])
+
+
+def model_info(folder: Path) -> dict[str, Any]:
+    path = folder / "model.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no model (no model.json). Name a folder that `decant run` wrote, such as RUN/students/small.")
+    try:
+        info = read_json(path)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path} is not JSON ({e}). Restore the file, or run the stage that wrote it again.") from e
+    if info.get("format") != FORMAT:
+        raise UserError(f"{path} has format {info.get('format')!r}, this version reads {FORMAT!r}.")
+    return info
+
+
+def load_into(module: M, path: Path) -> M:
+    try:
+        state = load_file(path)
+        module.load_state_dict(state, strict=True)
+    except (OSError, SafetensorError, RuntimeError) as e:
+        first = str(e).splitlines()[0]
+        raise UserError(f"{path} does not hold the weights that its model.json describes: {first}. Run the stage that wrote it again.") from e
+    return module
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    with replacing(path) as part:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+
+
+def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official DINOv2 backbone names -> ours (SwiGLU's w12/w3 are timm's fc1/fc2). Chunked block names are flattened."""
+    renamed = {}
+    for name, value in state.items():
+        parts = name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2.").split(".")
+        if parts[0] == "blocks" and len(parts) > 3 and parts[1].isdigit() and parts[2].isdigit():
+            del parts[1]  # blocks.<chunk>.<index>. ... of FSDP checkpoints
+        renamed[".".join(parts)] = value
+    return renamed

@@ -1,0 +1,86 @@
+"""The projection head of DINO and iBOT: an MLP to a bottleneck, L2-normalised, times weight-normed prototypes.
+
+Shape legend: ... any leading dimensions, D width in, E bottleneck, K prototypes.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.config import Config
+
+
+class HeadConfig(Config):
+    """A projection head (DINO paper, appendix C; sizes of DINOv2).
+
+    Attributes:
+        prototypes: K. 65,536 for S and B, 131,072 for L and g.
+        hidden, bottleneck, layers: the MLP.
+        init: `dinov2` (deviation 0.02) or `fan_in`, as for the backbone.
+        bias: whether the MLP has biases.
+        batch_norm: batch normalisation after each hidden layer (small batches on one machine only).
+    """
+
+    prototypes: int = 65536
+    hidden: int = 2048
+    bottleneck: int = 256
+    layers: int = 3
+    bias: bool = True
+    init: Literal["dinov2", "fan_in"] = "dinov2"
+    batch_norm: bool = False
+
+
+class WeightNormedPrototypes(nn.Module):
+    """y_k = g_k (v_k / |v_k|) . z, without bias; g is trained and decayed, as in the reference."""
+
+    def __init__(self, bottleneck: int, prototypes: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1))
+        self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck))
+
+    def weight(self) -> Float[Tensor, "k e"]:
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+
+    def forward(self, z: Float[Tensor, "... e"]) -> Float[Tensor, "... k"]:
+        return F.linear(z, self.weight().to(z.dtype))
+
+
+class DINOHead(nn.Module):
+    """tokens [..., D] -> prototype logits [..., K]."""
+
+    def __init__(self, dim: int, config: HeadConfig):
+        super().__init__()
+        self.config = config
+        widths = [dim] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
+        parts: list[nn.Module] = []
+        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+            parts.append(nn.Linear(a, b, bias=config.bias))
+            if i < config.layers - 1:
+                parts += [TokenBatchNorm(b)] * config.batch_norm + [nn.GELU()]
+        self.mlp = nn.Sequential(*parts) if len(parts) > 1 else parts[0]
+        self.last_layer = WeightNormedPrototypes(config.bottleneck, config.prototypes)
+        for module in self.mlp.modules() if len(parts) > 1 else [self.mlp]:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 if config.init == "fan_in" else 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # A Linear's own default, which is what the reference's weight norm starts from.
+        nn.init.uniform_(self.last_layer.weight_v, -(config.bottleneck**-0.5), config.bottleneck**-0.5)
+
+    def bottleneck(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
+        """The L2-normalised vector before the prototypes (eps 1e-12; 1e-6 in float16, where 1e-12 is zero)."""
+        z = self.mlp(x)
+        return F.normalize(z, dim=-1, eps=1e-6 if z.dtype == torch.float16 else 1e-12)
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... k"]:
+        return self.last_layer(self.bottleneck(x))
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over all leading dimensions of [..., D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
