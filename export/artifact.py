@@ -1,0 +1,161 @@
+"""The artifact: a folder `export/<student>/<target>/` with one file a resolution and an `artifact.json` that says what they are.
+
+`artifact.json` is written last: a folder without it is an interrupted export.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from distill.config import Config
+from distill.errors import UserError
+from distill.files import read_json, sha256_file, write_json
+
+FORMAT = "decant-artifact-1"
+NAME = "artifact.json"
+
+
+class Unrunnable(Exception):
+    """This machine cannot execute an artifact; the message is the one sentence that a "not measured" row carries as its reason."""
+
+
+class TensorSpec(Config):
+    """An input or output of a file: `shape` mixes sizes with the name of the dynamic axis, e.g. ["batch", 3, 48, 48]."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class ArtifactFile(Config):
+    """One file of an artifact: one resolution, positions baked, the batch dynamic.
+
+    Attributes:
+        path: plain file name inside the artifact's folder.
+        resolution: side of the square input in pixels.
+        sha256, bytes: of the file as written; checked before anything is deserialized.
+        preprocess: Preprocess.to_json() whose size is `resolution`.
+    """
+
+    path: str
+    resolution: int
+    sha256: str
+    bytes: int
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    preprocess: dict[str, Any]
+
+    @field_validator("path")
+    @classmethod
+    def _plain_name(cls, path: str) -> str:
+        # An artifact.json from elsewhere must not make a reader open files outside its folder.
+        if not path or path.startswith(".") or set(path) & set("/\\:\0"):
+            raise ValueError(f"{path!r} is not a plain file name")
+        return path
+
+
+class Artifact(Config):
+    """What an export target produced, as `artifact.json` holds it.
+
+    Attributes:
+        student: name of the model in the run, e.g. `small`.
+        target: `onnx-fp32`, `onnx-fp16`, `onnx-int8`, `rtx-fp16`, `rtx-int8`, `trt-fp16`, `trt-int8`.
+        precision: the precision of the linear layers, verified in the graph before the file got its name.
+        runtime: what executes the files.
+        source: the target that this one was made from (`torch-fp32` when from the model itself).
+        dim, patch: width D of the features and side of a patch in pixels.
+        compute_capabilities: of GPUs that an engine was compiled for, e.g. ["8.6", "8.9"]; empty for ONNX.
+        runnable_here: whether the machine that built it can execute it; `reason` says why not.
+        versions: packages that made it. details: the quantization plan, counts of element types, the profile of an engine, ...
+        folder: where it was read from or written to (not stored).
+    """
+
+    format: Literal["decant-artifact-1"] = FORMAT
+    student: str
+    target: str
+    precision: Literal["fp32", "fp16", "int8"]
+    runtime: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+    files: list[ArtifactFile] = Field(min_length=1)
+    source: str
+    dim: int
+    patch: int
+    opset: int
+    max_batch: int
+    compute_capabilities: list[str] = []
+    build_seconds: float
+    runnable_here: bool = True
+    reason: str | None = None
+    versions: dict[str, str] = {}
+    details: dict[str, Any] = {}
+    folder: Path = Field(default=Path(), exclude=True)
+
+    def file(self, resolution: int | None = None) -> ArtifactFile:
+        """The file for a resolution; without one, the first.
+
+        Raises:
+            UserError: the artifact was not exported for that resolution.
+        """
+        for entry in self.files:
+            if resolution in (None, entry.resolution):
+                return entry
+        have = ", ".join(str(f.resolution) for f in self.files)
+        raise UserError(
+            f"{self.folder} holds no file for {resolution} px (only {have}); add it to the recipe's export.resolutions."
+        )
+
+    def path(self, entry: ArtifactFile) -> Path:
+        return self.folder / entry.path
+
+    def verify(self, entry: ArtifactFile) -> Path:
+        """The path of a file whose bytes hash as `artifact.json` says.
+
+        Raises:
+            UserError: the file was changed since it was exported.
+        """
+        path = self.path(entry)
+        if sha256_file(path) != entry.sha256:
+            raise UserError(
+                f"{path} is not the file that was exported (its sha256 differs from {NAME}); run the export stage again."
+            )
+        return path
+
+    def size_mb(self, resolution: int | None = None) -> float:
+        """Megabytes (10^6 bytes) of one file."""
+        return self.file(resolution).bytes / 1e6
+
+    def write(self) -> "Artifact":
+        """Write `artifact.json` into `folder`; call it when every file is in place."""
+        write_json(self.folder / NAME, self.model_dump(mode="json"))
+        return self
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Read an artifact's folder: format and presence and size of every file are checked, contents when a file is opened.
+
+    Raises:
+        UserError: the folder holds no artifact, one of another format, or one whose files are missing or truncated.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no artifact (no {NAME}); run the export stage, which writes RUN/export/STUDENT/TARGET."
+        )
+    try:
+        value = read_json(path)
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            got = value.get("format") if isinstance(value, dict) else type(value).__name__
+            raise UserError(f"{path} has format {got!r}, this version reads {FORMAT!r}; run the export stage again.")
+        artifact = Artifact(**{**value, "folder": folder})
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not JSON ({e}); run the export stage again.") from e
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged at {where or 'its top'}: {first['msg']}; run the export stage again.") from e
+    for entry in artifact.files:
+        file = artifact.path(entry)
+        if not file.is_file() or file.is_symlink() or file.stat().st_size != entry.bytes:
+            raise UserError(f"{file} is missing or not {entry.bytes} bytes as {NAME} says; run the export stage again.")
+    return artifact
