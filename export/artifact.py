@@ -1,4 +1,4 @@
-"""The artifact: a folder `export/<student>/<target>/` with one file a resolution and an `artifact.json` that says what they are.
+"""The artifact: a folder `export/<student>/<target>/` one file a resolution, and `artifact.json` on what they are.
 
 `artifact.json` is written last: a folder without it is an interrupted export.
 """
@@ -18,7 +18,7 @@ NAME = "artifact.json"
 
 
 class Unrunnable(Exception):
-    """This machine cannot execute an artifact; the message is the one sentence that a "not measured" row carries as its reason."""
+    """This machine cannot execute an artifact; the message is the one-sentence reason of a "not measured" row."""
 
 
 class TensorSpec(Config):
@@ -72,7 +72,7 @@ class Artifact(Config):
         folder: where it was read from or written to (not stored).
     """
 
-    format: Literal["decant-artifact-1"] = FORMAT
+    format: Literal["decant-artifact-1"] = "decant-artifact-1"
     student: str
     target: str
     precision: Literal["fp32", "fp16", "int8"]
@@ -83,12 +83,12 @@ class Artifact(Config):
     patch: int
     opset: int
     max_batch: int
-    compute_capabilities: list[str] = []
+    compute_capabilities: list[str] = Field(default_factory=list)
     build_seconds: float
     runnable_here: bool = True
     reason: str | None = None
-    versions: dict[str, str] = {}
-    details: dict[str, Any] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
+    details: dict[str, Any] = Field(default_factory=dict)
     folder: Path = Field(default=Path(), exclude=True)
 
     def file(self, resolution: int | None = None) -> ArtifactFile:
