@@ -30,7 +30,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentFailed(f"The disk is full while writing {path}. Free some space and run the same command again.") from e
+            raise EnvironmentFailed(
+                f"The disk is full while writing {path}. Free some space and run the same command again."
+            ) from e
         raise
     finally:
         part.unlink(missing_ok=True)

@@ -42,9 +42,13 @@ class Row(Config):
     @model_validator(mode="after")
     def _value_or_reason(self) -> "Row":
         if self.status == "measured" and (self.value is None or not math.isfinite(self.value)):
-            raise ValueError(f"{self.metric} of {self.subject} on {self.target}: a measured row needs a finite value, got {self.value}")
+            raise ValueError(
+                f"{self.metric} of {self.subject} on {self.target}: a measured row needs a finite value, got {self.value}"
+            )
         if self.status == "not measured" and (self.value is not None or not self.reason):
-            raise ValueError(f"{self.metric} of {self.subject} on {self.target}: a row that is not measured needs a reason and no value")
+            raise ValueError(
+                f"{self.metric} of {self.subject} on {self.target}: a row that is not measured needs a reason and no value"
+            )
         return self
 
 

@@ -161,7 +161,9 @@ class Backbone(nn.Module):
         """
         b, _, height, width = images.shape
         if height % self.patch or width % self.patch:
-            raise ValueError(f"Images of {height} x {width} px do not divide into patches of {self.patch} px; resize to a multiple.")
+            raise ValueError(
+                f"Images of {height} x {width} px do not divide into patches of {self.patch} px; resize to a multiple."
+            )
         x_BND = self.patch_embed(images).flatten(1, 2)  # timm gives B h w D
         if masks is not None:
             x_BND = torch.where(masks[..., None], self.mask_token.to(x_BND.dtype), x_BND)

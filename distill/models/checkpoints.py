@@ -1,8 +1,8 @@
 """Models on disk: safetensors beside a `model.json` that rebuilds the exact model. Nothing is pickled.
 
-    model.json             format, backbone config, head configs, preprocessing, lineage
-    backbone.safetensors   every parameter of the Backbone under its own name
-    heads.safetensors      `dino.*` and `ibot.*`, when the model was trained here
+model.json             format, backbone config, head configs, preprocessing, lineage
+backbone.safetensors   every parameter of the Backbone under its own name
+heads.safetensors      `dino.*` and `ibot.*`, when the model was trained here
 """
 
 import json
@@ -24,7 +24,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def save_model(
-    folder: Path, backbone: Backbone, preprocess: Preprocess, heads: dict[str, DINOHead] | None = None, lineage: dict[str, Any] | None = None
+    folder: Path,
+    backbone: Backbone,
+    preprocess: Preprocess,
+    heads: dict[str, DINOHead] | None = None,
+    lineage: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder. `model.json` goes last: a folder without it is an interrupted write."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +73,9 @@ def load_preprocess(folder: Path) -> Preprocess:
 def model_info(folder: Path) -> dict[str, Any]:
     path = folder / "model.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no model (no model.json). Name a folder that `decant run` wrote, such as RUN/students/small.")
+        raise UserError(
+            f"{folder} holds no model (no model.json). Name a folder that `decant run` wrote, such as RUN/students/small."
+        )
     try:
         info = read_json(path)
     except json.JSONDecodeError as e:
@@ -85,7 +91,9 @@ def load_into(module: M, path: Path) -> M:
         module.load_state_dict(state, strict=True)
     except (OSError, SafetensorError, RuntimeError) as e:
         first = str(e).splitlines()[0]
-        raise UserError(f"{path} does not hold the weights that its model.json describes: {first}. Run the stage that wrote it again.") from e
+        raise UserError(
+            f"{path} does not hold the weights that its model.json describes: {first}. Run the stage that wrote it again."
+        ) from e
     return module
 
 

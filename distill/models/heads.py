@@ -21,7 +21,6 @@ class HeadConfig(Config):
         hidden, bottleneck, layers: the MLP.
         init: `dinov2` (deviation 0.02) or `fan_in`, as for the backbone.
         bias: whether the MLP has biases.
-        batch_norm: batch normalisation after each hidden layer (small batches on one machine only).
     """
 
     prototypes: int = 65536
@@ -30,7 +29,6 @@ class HeadConfig(Config):
     layers: int = 3
     bias: bool = True
     init: Literal["dinov2", "fan_in"] = "dinov2"
-    batch_norm: bool = False
 
 
 class WeightNormedPrototypes(nn.Module):
@@ -59,7 +57,7 @@ class DINOHead(nn.Module):
         for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
             parts.append(nn.Linear(a, b, bias=config.bias))
             if i < config.layers - 1:
-                parts += [TokenBatchNorm(b)] * config.batch_norm + [nn.GELU()]
+                parts.append(nn.GELU())
         self.mlp = nn.Sequential(*parts) if len(parts) > 1 else parts[0]
         self.last_layer = WeightNormedPrototypes(config.bottleneck, config.prototypes)
         for module in self.mlp.modules() if len(parts) > 1 else [self.mlp]:
@@ -77,10 +75,3 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... k"]:
         return self.last_layer(self.bottleneck(x))
-
-
-class TokenBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over all leading dimensions of [..., D]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)

@@ -1,0 +1,112 @@
+"""AdamW with DINOv2's parameter groups, per-module clipping, and the moving average of parameters."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from distill.config import Config
+from distill.schedules import Cosine, Linear, is_decayed, layer_multiplier
+
+
+class OptimConfig(Config):
+    """How the weights move. Shares are of all steps of the run, so a recipe scales with its length.
+
+    Attributes:
+        lr: learning rate at a batch of 1,024; scaled by sqrt(batch/1024).
+        min_lr: where its cosine ends.
+        warmup: share of the run with a linear rise from 0.
+        weight_decay: from, to (cosine).
+        ema: momentum of the moving average, from, to (cosine).
+        clip: largest gradient norm of each sub-module (backbone, each head) by itself.
+        layer_decay: learning-rate factor from a block to the one before it; 1 is none.
+        patch_embed_lr: learning-rate factor of the patch embedding.
+        freeze_last_layer: share of the run in which the prototypes' learning rate is 0 (Adam's moments go on, as in the reference).
+        beta2: of AdamW (beta1 is 0.9).
+    """
+
+    lr: float = 0.004
+    min_lr: float = 1e-6
+    warmup: float = 0.1
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    ema: tuple[float, float] = (0.992, 1.0)
+    clip: float = 3.0
+    layer_decay: float = 0.9
+    patch_embed_lr: float = 0.2
+    freeze_last_layer: float = 0.01
+    beta2: float = 0.999
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.lr >= self.min_lr >= 0:
+            found.append(f"lr {self.lr} must be at least min_lr {self.min_lr}, and both at least 0")
+        for name in ("warmup", "freeze_last_layer"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"{name} is a share of the run between 0 and 1, got {getattr(self, name)}")
+        if not all(0 <= m <= 1 for m in self.ema):
+            found.append(f"ema holds two momenta between 0 and 1, got {list(self.ema)}")
+        if self.clip <= 0:
+            found.append(f"clip must be above 0, got {self.clip}")
+        if not 0 < self.layer_decay <= 1:
+            found.append(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
+        if not 0 < self.beta2 < 1:
+            found.append(f"beta2 must be between 0 and 1, got {self.beta2}")
+        return found
+
+
+class Schedules:
+    """Every scheduled value of a run as a function of the step."""
+
+    def __init__(self, config: OptimConfig, batch: int, total: int):
+        base = config.lr * (batch / 1024) ** 0.5
+        self.lr = Cosine(base, config.min_lr, total, round(config.warmup * total))
+        self.weight_decay = Cosine(*config.weight_decay, total)
+        self.ema = Cosine(*config.ema, total)
+        self.frozen_steps = round(config.freeze_last_layer * total)
+
+    def last_layer_lr(self, step: int) -> float:
+        return 0.0 if step < self.frozen_steps else self.lr(step)
+
+
+def make_optimizer(modules: dict[str, nn.Module], blocks: int, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the named sub-modules; parameters of equal (learning-rate factor, decay, last layer) share a group."""
+    groups: dict[tuple[float, bool, bool], list[Tensor]] = {}
+    for module_name, module in modules.items():
+        for name, p in module.named_parameters():
+            if not p.requires_grad:
+                continue
+            factor = (
+                layer_multiplier(name, blocks, config.layer_decay, config.patch_embed_lr) if module_name == "backbone" else 1.0
+            )
+            groups.setdefault((factor, is_decayed(name), "last_layer" in name), []).append(p)
+    return torch.optim.AdamW(
+        [{"params": ps, "factor": f, "decayed": d, "last_layer": last} for (f, d, last), ps in groups.items()],
+        lr=0.0,  # set before every step
+        betas=(0.9, config.beta2),
+        foreach=True,
+    )
+
+
+def set_step(optimizer: torch.optim.Optimizer, schedules: Schedules, step: int) -> None:
+    """Write this step's learning rates and weight decay into the groups."""
+    lr, last, decay = schedules.lr(step), schedules.last_layer_lr(step), schedules.weight_decay(step)
+    for group in optimizer.param_groups:
+        group["lr"] = (last if group["last_layer"] else lr) * group["factor"]
+        group["weight_decay"] = decay if group["decayed"] else 0.0
+
+
+def clip_each(modules: Iterable[nn.Module], limit: float) -> list[Tensor]:
+    """Clip each module's gradient norm by itself; the norms before clipping."""
+    return [nn.utils.clip_grad_norm_(m.parameters(), limit, foreach=True) for m in modules]
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, module: nn.Module, momentum: float) -> None:
+    """average <- momentum * average + (1 - momentum) * module, for all parameters at once."""
+    ours, theirs = list(average.parameters()), [p.detach() for p in module.parameters()]
+    torch._foreach_mul_(ours, momentum)
+    torch._foreach_add_(ours, theirs, alpha=1 - momentum)
+
+
+def teacher_temperature(start_end: tuple[float, float], warmup: float, total: int) -> Linear:
+    return Linear(*start_end, round(warmup * total))

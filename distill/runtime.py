@@ -1,0 +1,135 @@
+"""The surroundings of a training: settings that cannot change results, its log, signals, memory, the number format of the machine."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.config import Config
+from distill.errors import EnvironmentFailed
+
+
+class RuntimeConfig(Config):
+    """What cannot change results beyond rounding; outside every content key.
+
+    Attributes:
+        workers: processes that make crops; null: 1 on up to 4 cores, else half of the cores, at most 8.
+        threads: CPU threads of the matrix products; null: all cores. Part of "bit for bit": sums split differently round differently.
+        checkpoint_every: steps between two checkpoints.
+        log_every: steps between two lines of train.jsonl.
+    """
+
+    workers: int | None = None
+    threads: int | None = None
+    checkpoint_every: int = 200
+    log_every: int = 10
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.workers is not None and self.workers < 0:
+            found.append(f"workers must be at least 0, got {self.workers}")
+        if self.threads is not None and self.threads < 1:
+            found.append(f"threads must be at least 1, got {self.threads}")
+        if min(self.checkpoint_every, self.log_every) < 1:
+            found.append("checkpoint_every and log_every must be at least 1")
+        return found
+
+
+class TrainLog:
+    """train.jsonl: one JSON object a logged step; resuming drops the lines of steps that will be done again."""
+
+    def __init__(self, path: Path, start: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < start]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.path = path
+
+    def write(self, values: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) and k != "lr" else v for k, v in values.items()}) + "\n")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that are complete JSON: a kill may have cut the last one."""
+    if not path.exists():
+        return []
+    whole = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            json.loads(line)
+        except json.JSONDecodeError:
+            break
+        whole.append(line)
+    return whole
+
+
+class StopFlag:
+    """True once a signal came."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __bool__(self) -> bool:
+        return self.raised
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopFlag]:
+    """SIGTERM and SIGINT set the flag, so that the loop ends after a whole step; outside the main thread nothing is installed."""
+    flag = StopFlag()
+
+    def handler(signum: int, frame: Any) -> None:
+        flag.raised = True
+
+    try:
+        before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread
+        before = {}
+    try:
+        yield flag
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+@contextmanager
+def out_of_memory_sentence(batch: int, local_crops: int) -> Iterator[None]:
+    """Out of memory, on whichever device, becomes a sentence that names what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        text = str(e)
+        if isinstance(e, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in text or "out of memory" in text:
+            raise EnvironmentFailed(
+                f"Out of memory with batch {batch} and 2 + {local_crops} crops an image. "
+                "Lower batch, crops.local_count or the number of prototypes, and run the same command again."
+            ) from e
+        raise
+
+
+def uses_bf16(precision: str, width: int) -> bool:
+    """Resolve `auto`. On a CPU bf16 pays only with native instructions and matrices large enough to amortise the casts."""
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return width >= 384 and native_bf16()
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself (AVX512-BF16 or AMX)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def default_workers(asked: int | None) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked if asked is not None else 1 if cores <= 4 else min(8, cores // 2)
