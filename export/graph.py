@@ -1,7 +1,7 @@
 """torch -> ONNX: typed FP32 or FP16, positions baked for one resolution, only the batch dynamic, same weights same bytes.
 
 TensorRT's strongly typed builder takes the graph literally, so precision lives here: an FP16 graph computes linear layers,
-attention and residuals in FLOAT16 and every LayerNormalization in FLOAT between two casts (a sum of squares overflows half floats).
+attention and residuals in FLOAT16 and every LayerNormalization in FLOAT between casts (a sum of squares overflows half floats).
 
 Shape legend: B batch, N patch tokens, D width.
 """
@@ -29,6 +29,7 @@ from distill.models.backbone import Backbone
 OPSET = 20  # 17 has LayerNormalization, 19 FP16 scales, 20 Gelu; more would shut out TensorRT 10.3
 INPUT, OUTPUTS = "images", ("cls", "patches")
 LINEAR_OPS = ("MatMul", "Gemm")
+PRODUCTS = (*LINEAR_OPS, "Conv")
 TYPE_OF = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
 PROTOBUF_LIMIT = 2**31 - 1
 
@@ -126,13 +127,16 @@ def constants(model: ModelProto) -> dict[str, TensorProto]:
     return {t.name: t for t in model.graph.initializer}
 
 
-def linear_nodes(model: ModelProto) -> Iterator[NodeProto]:
-    """MatMul and Gemm nodes whose second input is a constant, dequantized or not: the Linear layers, in order of execution."""
+def linear_nodes(model: ModelProto, ops: tuple[str, ...] = LINEAR_OPS) -> Iterator[NodeProto]:
+    """MatMul and Gemm nodes whose second input is a constant, dequantized or not: the Linear layers, in order of execution.
+
+    With "Conv" in `ops` the patch embedding too.
+    """
     known = set(constants(model)) | {n.output[0] for n in model.graph.node if n.op_type == "Constant"}
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in known:
             known.add(node.output[0])
-        elif node.op_type in LINEAR_OPS and node.input[1] in known:
+        elif node.op_type in ops and node.input[1] in known:
             yield node
 
 
@@ -147,9 +151,7 @@ def element_types(model: ModelProto) -> dict[str, str]:
 def type_counts(model: ModelProto) -> dict[str, int]:
     """How many matrix products run in which type: INT8 where both inputs are dequantized int8, else the element type."""
     types, quantized = element_types(model), quantized_linears(model)
-    counts = Counter(
-        "INT8" if n.name in quantized else types[n.output[0]] for n in model.graph.node if n.op_type in (*LINEAR_OPS, "Conv")
-    )
+    counts = Counter("INT8" if n.name in quantized else types[n.output[0]] for n in model.graph.node if n.op_type in PRODUCTS)
     return dict(sorted(counts.items()))
 
 
@@ -157,7 +159,7 @@ def quantized_linears(model: ModelProto) -> set[str]:
     """Names of the MatMul, Gemm and Conv nodes whose input and weight both come out of a DequantizeLinear of int8."""
     types = element_types(model)
     ints = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and types[n.input[0]] == "INT8"}
-    return {n.name for n in model.graph.node if n.op_type in (*LINEAR_OPS, "Conv") and ints.issuperset(n.input[:2])}
+    return {n.name for n in model.graph.node if n.op_type in PRODUCTS and ints.issuperset(n.input[:2])}
 
 
 def verify_precision(model: ModelProto, precision: Literal["fp32", "fp16", "int8"], name: str = "the graph") -> None:
@@ -175,7 +177,7 @@ def verify_precision(model: ModelProto, precision: Literal["fp32", "fp16", "int8
             raise GateFailed(f"{name} is called int8 but none of its linear layers has int8 inputs and weights.")
         return
     want, types = TensorProto.DataType.Name(TYPE_OF[precision]), element_types(model)
-    products = [n for n in model.graph.node if n.op_type in (*LINEAR_OPS, "Conv")]
+    products = [n for n in model.graph.node if n.op_type in PRODUCTS]
     wrong = [n for n in products if types[n.output[0]] != want]
     if wrong or not products:
         first = f"{wrong[0].name or wrong[0].op_type} is {types[wrong[0].output[0]]}" if wrong else "there are none"
@@ -219,9 +221,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_linears(model: ModelProto, backbone: nn.Module) -> None:
-    """Give every Linear's MatMul its module's name (`blocks.0.attn.qkv`): matched in order, proved by the weights' values."""
-    modules = [(name, m) for name, m in backbone.named_modules() if isinstance(m, nn.Linear)]
-    nodes, stored = list(linear_nodes(model)), constants(model)
+    """Give every MatMul and Conv its module's name (`blocks.0.attn.qkv`): matched in order, proved by the weights' values."""
+    modules = [(name, m) for name, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    nodes, stored = list(linear_nodes(model, PRODUCTS)), constants(model)
     if len(nodes) != len(modules):
         raise EnvironmentFailed(
             f"torch {torch.__version__} exported {len(nodes)} matrix products for {len(modules)} linear layers; "
@@ -230,7 +232,8 @@ def _name_linears(model: ModelProto, backbone: nn.Module) -> None:
     renamed: dict[str, str] = {}
     for node, (name, module) in zip(nodes, modules, strict=True):
         weight = numpy_helper.to_array(stored[node.input[1]])
-        assert np.array_equal(weight, module.weight.detach().numpy().T), f"{node.name} is not {name}"
+        trained = module.weight.detach().numpy()
+        assert np.array_equal(weight, trained if node.op_type == "Conv" else trained.T), f"{node.name} is not {name}"
         node.name = name
         renamed.setdefault(node.input[1], f"{name}.weight")  # equal weights are stored once
     for tensor in model.graph.initializer:
