@@ -1,0 +1,157 @@
+"""How one thing is timed honestly: waiting for GPUs, warm-up until settled, intervals over rounds, peak memory."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from distill.encoder import Encoder
+
+INTERVAL_NEEDS = 6  # rounds; a bootstrap over fewer is too narrow
+RESAMPLES = 1000
+Verdict = Literal["FASTER", "SLOWER", "INCONCLUSIVE"]
+Clock = Callable[[], float]
+Rounds = dict[int, np.ndarray]  # number of the round -> seconds of its calls; a slow case has no part in the last rounds
+
+
+def call(encoder: Encoder, images: Tensor, clock: Clock) -> float:
+    """Seconds of one call. A GPU is waited for on both sides: when a call returns, its work may be queued and not done."""
+    device = str(encoder.conditions.get("device", "cpu"))
+    cuda = device.startswith("cuda") and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize(device)
+    start = clock()
+    encoder(images)
+    if cuda:
+        torch.cuda.synchronize(device)
+    return clock() - start
+
+
+def warm_up(once: Callable[[], float], limit: float) -> tuple[float, dict[str, Any]]:
+    """Call until the medians of two windows in a row agree within 3 %, for a quarter of `limit` seconds to all of it.
+
+    Returns seconds a call at the end, and the conditions warmup_calls and settled.
+    """
+    taken, settled = [once()], False
+    while sum(taken) < limit and not settled:
+        taken.append(once())
+        window = max(5, len(taken) // 4)
+        if len(taken) >= 2 * window and sum(taken) > limit / 4:  # clocks stay low for a while at an even pace
+            before, now = np.median(taken[-2 * window : -window]), np.median(taken[-window:])
+            settled = bool(abs(now - before) <= 0.03 * before)
+    return float(np.median(taken[-5:])), {"warmup_calls": len(taken), "settled": settled}
+
+
+# Whole rounds are drawn, never single calls: the calls of one round share what else the machine did, and counting them as
+# independent would promise more than is known. A draw is held as how often each round was drawn, [RESAMPLES, rounds].
+
+
+def median_interval(rounds: Sequence[np.ndarray]) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the median of all calls; None with fewer than 6 rounds."""
+    return _interval(_medians(rounds, _draws(len(rounds)))) if len(rounds) >= INTERVAL_NEEDS else None
+
+
+def mean_interval(rounds: Sequence[np.ndarray]) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the mean of all calls; None with fewer than 6 rounds."""
+    if len(rounds) < INTERVAL_NEEDS:
+        return None
+    draws = _draws(len(rounds))
+    return _interval(draws @ np.array([r.sum() for r in rounds]) / (draws @ np.array([len(r) for r in rounds])))
+
+
+def ratio_interval(a: Rounds, b: Rounds) -> tuple[float, float] | None:
+    """95 % bootstrap interval of median(a) / median(b), the same rounds drawn for both; None with fewer than 6 in common."""
+    both = sorted(a.keys() & b.keys())
+    if len(both) < INTERVAL_NEEDS:
+        return None
+    draws = _draws(len(both))
+    return _interval(_medians([a[r] for r in both], draws) / _medians([b[r] for r in both], draws))
+
+
+def _draws(rounds: int) -> np.ndarray:
+    return np.random.default_rng(0).multinomial(rounds, np.full(rounds, 1 / rounds), size=RESAMPLES)
+
+
+def _medians(rounds: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
+    """[RESAMPLES] medians: every call counts as often as its round was drawn."""
+    calls, owner = np.concatenate(rounds), np.repeat(np.arange(len(rounds)), [len(r) for r in rounds])
+    order = np.argsort(calls)
+    below = np.cumsum(draws[:, owner[order]], axis=1, dtype=np.int32)
+    return calls[order][np.argmax(2 * below >= below[:, -1:], axis=1)]
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def verdict(low: float | None, high: float | None) -> Verdict:
+    """FASTER or SLOWER only when the whole interval of the ratio of times is on that side of 1."""
+    if low is None or high is None:
+        return "INCONCLUSIVE"
+    return "FASTER" if high < 1 else "SLOWER" if low > 1 else "INCONCLUSIVE"
+
+
+@contextlib.contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """PyTorch on n threads inside, on as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class OtherLoad:
+    """How busy the rest of the machine was between making this and `read`: a benchmark beside other work is a worse one."""
+
+    def __init__(self) -> None:
+        self.average = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """(wall seconds, busy CPU seconds of the machine, CPU seconds of this process)."""
+        times = psutil.cpu_times()._asdict()
+        busy = sum(times.get(k, 0.0) for k in ("user", "nice", "system", "irq", "softirq", "steal"))
+        own = psutil.Process().cpu_times()
+        return time.monotonic(), busy, own.user + own.system
+
+    def read(self) -> dict[str, Any]:
+        """Conditions load_average (of the minute before this began) and other_cores_busy (mean, in processors)."""
+        wall, busy, own = (b - a for a, b in zip(self.start, self._now(), strict=True))
+        return {"load_average": self.average, "other_cores_busy": round(max(0.0, busy - own) / max(wall, 1e-9), 2)}
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, so that the next opening has to ask for it again and is counted."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def reset_peak() -> int | None:
+    """Restart the process's memory high-water mark; its resident bytes now, or None where that cannot be done (not Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes() -> int:
+    """The high-water mark of resident memory since `reset_peak`, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
