@@ -1,8 +1,9 @@
-"""The artifact: a folder `export/<student>/<target>/` one file a resolution, and `artifact.json` on what they are.
+"""The artifact: the folder `export/<student>/<target>/`, one file a resolution and an `artifact.json` on what they are.
 
 `artifact.json` is written last: a folder without it is an interrupted export.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from distill.config import Config
 from distill.errors import UserError
-from distill.files import read_json, sha256_file, write_json
+from distill.files import read_json, write_json
 
 FORMAT = "decant-artifact-1"
 NAME = "artifact.json"
@@ -21,12 +22,30 @@ class Unrunnable(Exception):
     """This machine cannot execute an artifact; the message is the one-sentence reason of a "not measured" row."""
 
 
+def plain_name(path: str) -> str:
+    """An artifact.json from elsewhere must not make a reader open files outside its folder."""
+    if not path or path.startswith(".") or set(path) & set("/\\:\0"):
+        raise ValueError(f"{path!r} is not a plain file name")
+    return path
+
+
 class TensorSpec(Config):
     """An input or output of a file: `shape` mixes sizes with the name of the dynamic axis, e.g. ["batch", 3, 48, 48]."""
 
     name: str
     dtype: str
     shape: list[int | str]
+
+
+class ExtraFile(Config):
+    """A file beside the ones that are served: the quantization plan, the graph that an engine was compiled from."""
+
+    path: str
+    sha256: str
+    bytes: int
+    what: str
+
+    _plain_name = field_validator("path")(plain_name)
 
 
 class ArtifactFile(Config):
@@ -47,13 +66,7 @@ class ArtifactFile(Config):
     outputs: list[TensorSpec]
     preprocess: dict[str, Any]
 
-    @field_validator("path")
-    @classmethod
-    def _plain_name(cls, path: str) -> str:
-        # An artifact.json from elsewhere must not make a reader open files outside its folder.
-        if not path or path.startswith(".") or set(path) & set("/\\:\0"):
-            raise ValueError(f"{path!r} is not a plain file name")
-        return path
+    _plain_name = field_validator("path")(plain_name)
 
 
 class Artifact(Config):
@@ -69,6 +82,7 @@ class Artifact(Config):
         compute_capabilities: of GPUs that an engine was compiled for, e.g. ["8.6", "8.9"]; empty for ONNX.
         runnable_here: whether the machine that built it can execute it; `reason` says why not.
         versions: packages that made it. details: the quantization plan, counts of element types, the profile of an engine, ...
+        extras: files beside the ones that are served (plan.json, the Q/DQ graph of an engine).
         folder: where it was read from or written to (not stored).
     """
 
@@ -89,6 +103,7 @@ class Artifact(Config):
     reason: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     details: dict[str, Any] = Field(default_factory=dict)
+    extras: list[ExtraFile] = Field(default_factory=list)
     folder: Path = Field(default=Path(), exclude=True)
 
     def file(self, resolution: int | None = None) -> ArtifactFile:
@@ -105,21 +120,21 @@ class Artifact(Config):
             f"{self.folder} holds no file for {resolution} px (only {have}); add it to the recipe's export.resolutions."
         )
 
-    def path(self, entry: ArtifactFile) -> Path:
+    def path(self, entry: ArtifactFile | ExtraFile) -> Path:
         return self.folder / entry.path
 
-    def verify(self, entry: ArtifactFile) -> Path:
-        """The path of a file whose bytes hash as `artifact.json` says.
+    def content(self, entry: ArtifactFile | ExtraFile) -> bytes:
+        """The bytes of a file, proved to be those that `artifact.json` names: what is deserialized is what was hashed.
 
         Raises:
             UserError: the file was changed since it was exported.
         """
-        path = self.path(entry)
-        if sha256_file(path) != entry.sha256:
+        data = self.path(entry).read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise UserError(
-                f"{path} is not the file that was exported (its sha256 differs from {NAME}); run the export stage again."
+                f"{self.path(entry)} was changed since it was exported (its sha256 differs from {NAME}); export again."
             )
-        return path
+        return data
 
     def size_mb(self, resolution: int | None = None) -> float:
         """Megabytes (10^6 bytes) of one file."""
@@ -154,7 +169,8 @@ def read_artifact(folder: Path) -> Artifact:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{path} is damaged at {where or 'its top'}: {first['msg']}; run the export stage again.") from e
-    for entry in artifact.files:
+    entries: list[ArtifactFile | ExtraFile] = [*artifact.files, *artifact.extras]
+    for entry in entries:
         file = artifact.path(entry)
         if not file.is_file() or file.is_symlink() or file.stat().st_size != entry.bytes:
             raise UserError(f"{file} is missing or not {entry.bytes} bytes as {NAME} says; run the export stage again.")

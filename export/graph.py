@@ -156,9 +156,9 @@ def type_counts(model: ModelProto) -> dict[str, int]:
 
 
 def quantized_linears(model: ModelProto) -> set[str]:
-    """Names of the MatMul, Gemm and Conv nodes whose input and weight both come out of a DequantizeLinear of int8."""
+    """Names of the MatMul, Gemm and Conv nodes whose input and weight both come out of a DequantizeLinear of 8-bit integers."""
     types = element_types(model)
-    ints = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and types[n.input[0]] == "INT8"}
+    ints = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and types[n.input[0]] in ("INT8", "UINT8")}
     return {n.name for n in model.graph.node if n.op_type in PRODUCTS and ints.issuperset(n.input[:2])}
 
 
@@ -255,7 +255,12 @@ def _strip(model: ModelProto) -> None:
         attributes = sorted(node.attribute, key=lambda a: a.name)
         del node.attribute[:]
         node.attribute.extend(attributes)
-    used = {i for n in graph.node for i in n.input}
-    kept = sorted((t for t in graph.initializer if t.name in used), key=lambda t: t.name)
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    set_constants(model, list(graph.initializer))
+
+
+def set_constants(model: ModelProto, tensors: list[TensorProto]) -> None:
+    """Replace the initialisers by those of `tensors` that a node reads, sorted by name (their order means nothing)."""
+    used = {i for n in model.graph.node for i in n.input}
+    kept = sorted((t for t in tensors if t.name in used), key=lambda t: t.name)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)

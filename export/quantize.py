@@ -20,7 +20,17 @@ from torch import Tensor
 
 from distill.config import Config
 from distill.errors import UserError
-from export.graph import INPUT, LINEAR_OPS, PRODUCTS, constants, linear_nodes, load_graph, quantized_linears, serialize
+from export.graph import (
+    INPUT,
+    LINEAR_OPS,
+    PRODUCTS,
+    constants,
+    linear_nodes,
+    load_graph,
+    quantized_linears,
+    serialize,
+    set_constants,
+)
 
 LEVELS = 127  # -127..127: symmetric, so that -x quantizes to minus what x does
 BINS = 4096
@@ -57,7 +67,7 @@ class QuantizeConfig(Config):
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One quantized layer: name, `Linear` or `Conv`, the activation's scale (real = int8 * scale), the weight's shape and scales."""
+    """A quantized layer: name, `Linear` or `Conv`, activation's scale (real = int8 * scale), weight's shape and scales."""
 
     node: str
     kind: str
@@ -158,37 +168,29 @@ def quantize(model: ModelProto, scales: dict[str, float], config: QuantizeConfig
         )
     nodes: list[NodeProto] = []
     plan: list[PlanEntry] = []
-    added: dict[str, TensorProto] = {}
+    tensors: dict[str, TensorProto] = {}
     inputs: dict[str, str] = {}  # a tensor -> its dequantized twin; shared by layers that read the same
-    weights: dict[str, tuple[str, np.dtype, tuple[float, float]]] = {}
+    weights: dict[str, tuple[str, tuple[float, float]]] = {}  # a weight -> its dequantized twin and its scales' range
     for node in graph.node:
         if node.output[0] in chosen:
-            weight = stored[node.input[1]]
-            dtype = numpy_helper.to_array(weight).dtype if weight.name not in weights else weights[weight.name][1]
-            scale = _scale_array(np.array(scales[node.name]), dtype)
+            source, weight = node.input[0], stored[node.input[1]]
+            scale = _scale_array(np.array(scales[node.name]), helper.tensor_dtype_to_np_dtype(weight.data_type))
             if weight.name not in weights:
-                dequantized, tensors, extreme = _quantized_weight(node, weight)
-                nodes.append(dequantized)
-                added.update(tensors)
-                weights[weight.name] = (dequantized.output[0], dtype, extreme)
-            if node.input[0] not in inputs:
-                pair, tensors = _quantized_input(node, scale)
+                dequantize, new, extremes = _quantized_weight(node, weight)
+                nodes.append(dequantize)
+                tensors.update(new)
+                weights[weight.name] = dequantize.output[0], extremes
+            if source not in inputs:
+                pair, new = _quantized_input(node, scale)
                 nodes.extend(pair)
-                added.update(tensors)
-                inputs[node.input[0]] = pair[1].output[0]
-            value, _, (low, high) = weights[weight.name]
-            kind = "Conv" if node.op_type == "Conv" else "Linear"
-            plan.append(PlanEntry(node.name, kind, float(scale), tuple(weight.dims), low, high))
-            node.input[0], node.input[1] = inputs[node.input[0]], value
+                tensors.update(new)
+                inputs[source] = pair[1].output[0]
+            node.input[0], (node.input[1], (low, high)) = inputs[source], weights[weight.name]
+            plan.append(PlanEntry(node.name, _kind(node), float(scale), tuple(weight.dims), low, high))
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    used = {i for n in graph.node for i in n.input}
-    tensors_left = [t for t in graph.initializer if t.name in used and t.name not in added] + list(added.values())
-    kept = sorted(tensors_left, key=lambda t: t.name)
-    copies = [TensorProto.FromString(t.SerializeToString()) for t in kept]
-    del graph.initializer[:]
-    graph.initializer.extend(copies)
+    set_constants(out, [*graph.initializer, *tensors.values()])
     onnx.checker.check_model(out, full_check=True)
     assert quantized_linears(out) >= {e.node for e in plan}
     return out, plan
@@ -225,6 +227,10 @@ def _scale_array(scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.maximum(scale, floor).astype(dtype)
 
 
+def _kind(node: NodeProto) -> str:
+    return "Conv" if node.op_type == "Conv" else "Linear"
+
+
 def _output_axis(node: NodeProto) -> int:
     """The axis of output channels in the weight: [K, N] for MatMul, [N, K] for a transposed Gemm, [N, C, h, w] for Conv."""
     transposed = any(a.name == "transB" and a.i for a in node.attribute)
@@ -241,7 +247,7 @@ def _quantized_weight(node: NodeProto, weight: TensorProto) -> tuple[NodeProto, 
     shaped = np.expand_dims(scale.astype(np.float64), tuple(i for i in range(values.ndim) if i != axis))
     ints = np.clip(np.round(wide / shaped), -LEVELS, LEVELS).astype(np.int8)
     zeros = np.zeros(len(scale), np.int8)
-    arrays = {weight.name: ints, f"{weight.name}_scale": scale, f"zeros_{len(zeros)}": zeros}
+    arrays = {f"{weight.name}_int8": ints, f"{weight.name}_scale": scale, f"zeros_{len(zeros)}": zeros}
     dequantize = helper.make_node("DequantizeLinear", list(arrays), [f"{weight.name}_dq"], name=f"{weight.name}_dq", axis=axis)
     return dequantize, _tensors(arrays), (float(scale.min()), float(scale.max()))
 
