@@ -20,7 +20,7 @@ from torch import Tensor
 from distill.config import Config
 from distill.data.preprocess import Preprocess
 from distill.encoder import Encoder
-from distill.progress import Progress, Task
+from distill.progress import Progress
 from distill.rows import Row, not_measured
 from export import timing
 from export.artifact import Unrunnable
@@ -159,16 +159,16 @@ def benchmark(
             for batch in sorted(config.batches):
                 fitting = [(case, encoder) for case, encoder in opened if case.takes(batch)]
                 with_twin = [t for t in twin if t[0].takes(batch)]
-                timed = time_batch(config, batch, fitting + with_twin, clock, task)
+                timed = time_batch(config, batch, fitting + with_twin, clock)
                 if with_twin:
                     second = timed.pop()
                     twins.append((next(t for t in timed if t.case is second.case), second))
                 groups.append(timed)
-                task.advance(len(opened) - len(timed))
+                task.advance(len(opened))
             rows += preprocess_rows(config, chosen, clock)
             del opened, fitting, with_twin, twin, encoder
             timing.release_memory()
-    floor = max((abs(b.p50() / a.p50() - 1) for a, b in twins), default=None)
+    floor = max((max(a.p50() / b.p50(), b.p50() / a.p50()) - 1 for a, b in twins), default=None)
     rows += [row for timed in groups for t in timed for row in timing_rows(t)]
     rows += [floor_row(floor, twins)] if cases else []
     rows += [row for timed in groups for row in comparison_rows(timed, floor or 0.0)]
@@ -218,7 +218,7 @@ def open_twin(opened: Opened, threads: int) -> Opened:
     return [(case, case.open(threads)) for case in ranked[:1]]
 
 
-def time_batch(config: BenchmarkConfig, batch: int, opened: Opened, clock: Clock, task: Task) -> list[Timed]:
+def time_batch(config: BenchmarkConfig, batch: int, opened: Opened, clock: Clock) -> list[Timed]:
     """Warm every encoder up, then let them take turns in rounds, each round in another order."""
     timed, calls, once = [], [], []
     for case, encoder in opened:
@@ -232,15 +232,17 @@ def time_batch(config: BenchmarkConfig, batch: int, opened: Opened, clock: Clock
     for r in range(config.rounds):
         for i in order.permutation(len(opened)):
             taken: list[float] = []
-            while len(taken) < calls[i] and (spent[i] < config.seconds or r < LEAST_CALLS):
+            limit = min(2 * config.seconds / config.rounds, config.seconds - spent[i])  # a round that got slow ends early
+            while len(taken) < calls[i] and (sum(taken) < limit or (r < LEAST_CALLS and not taken)):
                 taken.append(once[i]())
-                spent[i] += taken[-1]
+            spent[i] += sum(taken)
             if taken:
                 timed[i].rounds[r] = np.array(taken)
+                left = (config.seconds - spent[i]) / max(config.rounds - r - 1, 1)
+                calls[i] = max(1, min(calls[i], int(left / max(np.median(taken), 1e-9))))  # slower than it was: stay in time
     beside = load.read()
     for t in timed:
         t.conditions.update(beside, rounds=len(t.rounds), measures=MEASURES)
-    task.advance(len(opened))
     return timed
 
 
@@ -276,11 +278,10 @@ def comparison_rows(timed: list[Timed], floor: float) -> list[Row]:
     for t in timed:
         for base in references(t.case, by_key):
             low, high = timing.ratio_interval(t.rounds, base.rounds) or (None, None)
-            low, high = low and low * (1 - floor), high and high * (1 + floor)
+            low, high = low and low / (1 + floor), high and high * (1 + floor)
             conditions = {
                 **t.conditions,
-                "versus": base.case.target,
-                "versus_subject": base.case.subject,
+                "versus": f"{base.case.subject}/{base.case.target}",
                 "versus_runtime": base.conditions.get("runtime"),
                 "versus_device": base.conditions.get("device"),
                 "noise_floor_percent": round(floor * 100, 3),
@@ -305,7 +306,7 @@ def floor_row(floor: float | None, twins: list[tuple[Timed, Timed]]) -> Row:
         return not_measured("noise_floor_percent", "all", "all", "nothing could be timed on this machine.")
     conditions = {
         "artifacts": ", ".join(sorted({f"{t.case.subject} {t.case.target}" for t, _ in twins})),
-        "measures": "largest |ratio of medians - 1| of one artifact opened twice, over resolutions and batches",
+        "measures": "largest ratio of medians of one artifact opened twice, less 1, over resolutions and batches",
     }
     return Row(
         metric="noise_floor_percent", value=floor * 100, n=len(twins), subject="all", target="all", conditions=conditions

@@ -132,7 +132,7 @@ def test_verdicts():
     }
     assert ratios["onnx-int8"].value == pytest.approx(0.5, rel=0.02)
     assert ratios["onnx-int8"].low < 0.5 < ratios["onnx-int8"].high
-    assert all(r.conditions["versus"] == "onnx-fp32" for r in ratios.values())
+    assert all(r.conditions["versus"] == "students/small/onnx-fp32" for r in ratios.values())
     floor = one(rows, "noise_floor_percent")
     assert 0 < floor.value < 5
     assert floor.n == 2  # a pair a batch
@@ -176,6 +176,25 @@ def test_interleaving_keeps_a_slowing_machine_fair():
     assert ratio.conditions["verdict"] == "FASTER"
     p50 = one(rows, "latency_p50_ms", target="onnx-fp32")
     assert p50.high > 2 * p50.low  # and the interval of each alone tells that the machine was not steady
+
+
+def test_a_machine_that_becomes_slow_after_warm_up_costs_calls_and_not_rounds():
+    clock = Clock()
+
+    class Throttled(FakeEncoder):
+        calls = 0
+
+        def __call__(self, images):
+            self.calls += 1
+            self.clock.pace = 40.0 if self.calls > 60 else 1.0
+            return super().__call__(images)
+
+    case = Case("students/small", "onnx-fp32", 32, lambda threads: Throttled(clock, "a", 0.001))
+    rows = benchmark(BenchmarkConfig(batches=[1], seconds=1.0, warmup_seconds=0.01), [case], QUIET, clock)
+    row = one(rows, "latency_p50_ms")
+    assert row.low is not None
+    assert row.conditions["rounds"] >= timing.INTERVAL_NEEDS
+    assert clock.now < 6
 
 
 def test_cases_take_turns():
@@ -257,7 +276,7 @@ def test_student_is_compared_with_the_teacher_too():
     clock = Clock()
     cases = [fake_case(clock, "torch-fp32", 0.009, subject="teacher"), fake_case(clock, "torch-fp32", 0.003)]
     ratio = one(benchmark(CONFIG, cases, QUIET, clock), "latency_ratio", batch=1)
-    assert (ratio.subject, ratio.conditions["versus_subject"]) == ("students/small", "teacher")
+    assert (ratio.subject, ratio.conditions["versus"]) == ("students/small", "teacher/torch-fp32")
     assert ratio.value == pytest.approx(1 / 3, rel=0.03)
 
 
