@@ -1,11 +1,12 @@
 """Encoded images become RGB whatever they are, or a BadImage with its reason; and a set of them that bad ones cannot stop.
 
-`decode` decodes. `Encoded` is a store of encoded images (`FolderImages` here, table cells in sources.py), and `ImageSource` makes
-a map-style Source (see sources.py) of any store.
+`decode` decodes. `Encoded` is a store of encoded images (`FolderImages` here, table cells in sources.py), and `ImageSource`
+makes a map-style Source (see sources.py) of any store.
 """
 
 import mmap
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -27,6 +28,8 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 500  # of longer to shorter side; resizing the shorter side of a longer sliver to 500 px would not fit in memory
 # Pillow also opens formats that run other programs (EPS) or decode nothing but a stub; images from outside get these alone.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO", "PPM", "DIB", "JPEG2000", "AVIF")
+# Pillow warns of every odd tag; what matters of it ends in a BadImage with its reason.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 PROBED = 100  # more than half bad among this many: the data is wrong, not an item of it
 
 
@@ -41,12 +44,13 @@ class BadImage(Exception):
 def decode(data: bytes | Path, shorter_side: int | None = None) -> Image.Image:
     """Encoded image, or a file of one, -> Pillow RGB image that holds its pixels itself.
 
-    Greyscale, palette, alpha, CMYK, 16-bit and EXIF rotation are converted (see preprocess.to_rgb). Of several frames the first is
-    taken.
+    Greyscale, palette, alpha, CMYK, 16-bit and EXIF rotation are converted (see preprocess.to_rgb). Of several frames the
+    first is taken.
 
     Args:
-        shorter_side: the pixels that will be needed. A JPEG of more than four times as many is decoded at 1/2, 1/4 or 1/8 of its
-            size (never below twice `shorter_side`): several times quicker, and the antialiasing is left to the later resize.
+        shorter_side: the pixels that will be needed. A JPEG of more than four times as many is decoded at 1/2, 1/4 or 1/8 of
+            its size (never below twice `shorter_side`): several times quicker, and the antialiasing is left to the later
+            resize.
 
     Raises:
         BadImage: empty, corrupt, truncated, missing, or of more than 100 million pixels (by its header; nothing is unpacked).
@@ -120,9 +124,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def image_files(root: str, prefix: str = "", roots: tuple[Path, ...] = ()) -> Iterator[str]:
-    """Relative paths (with /) of the image files under `root`, by suffix, names in byte order; hidden files and folders are left out.
+    """Relative paths (with /) of the image files under `root`, by suffix, names in byte order; hidden files and folders are
+    left out.
 
-    Links are followed, but not into what is visited anyway (loops). A link that leads nowhere is listed: a bad image, not no image.
+    Links are followed, but not into what is visited anyway (loops). A link that leads nowhere is listed: a bad image, not no
+    image.
 
     Raises:
         UserError: a folder that may not be read.
@@ -194,8 +200,8 @@ class ImageSource:
     """A map-style Source of encoded images, decoded at each access.
 
     Item i is row `order[i]` of the store. A bad item's place is taken, always in the same way, by the next good item of its own
-    class (of any class where there are no labels, or no good one is left), so `labels()[i]` stays true of `image(i)` and a run never
-    stops. An evaluation must not count such a stand-in: it uses `checked()`, which has none.
+    class (of any class where there are no labels, or no good one is left), so `labels()[i]` stays true of `image(i)` and a run
+    never stops. An evaluation must not count such a stand-in: it uses `checked()`, which has none.
 
     Attributes:
         name: for tables and messages; no part of the fingerprint.

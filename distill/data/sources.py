@@ -67,7 +67,7 @@ class Source(Protocol):
 
 
 def checked(source: Source, progress: Progress | None = None) -> Source:
-    """The source to evaluate on: without items that cannot be read or, in a labelled set, lack a label (see ImageSource.checked)."""
+    """The source to evaluate on: without items that cannot be read or, in a labelled set, lack a label."""
     return source.checked(progress) if isinstance(source, ImageSource) else source
 
 
@@ -177,7 +177,8 @@ class DatasetsConfig(Config):
     """Anything that the `datasets` library loads: a set's name, or a local folder of one.
 
     Attributes:
-        name: of the set; or a local folder (of `save_to_disk`, too); or a file format ("parquet", "webdataset", ...) of data_files.
+        name: of the set; or a local folder (of `save_to_disk`, too); or a file format ("parquet", "webdataset", ...) of
+            data_files.
         split, config, revision, data_files: as in `datasets.load_dataset`.
         streaming: read without a local copy: iteration only, for training.
         buffer: streaming: images in the shuffle buffer.
@@ -249,7 +250,8 @@ SPLITS = {
 
 
 def source_from(value: "str | SourceConfig") -> "SourceConfig":
-    """The config that a shorthand stands for: parquet files or a folder of them alone, a folder of images, else a `datasets` name.
+    """The config that a shorthand stands for: parquet files, a folder of them alone, a folder of images, else a `datasets`
+    name.
 
     `scenes` is the rendered scenes. A folder gives labels when all its images lie in at least two sub-folders.
 
@@ -342,7 +344,7 @@ def parquet_files(path: str | list[str]) -> list[Path]:
 
 
 def _noted_classes(files: list[Path]) -> list[str] | None:
-    """Class names that a file's schema metadata lists, directly or in a JSON note. Opens every file, so that a bad one is named."""
+    """Class names in the schema metadata, directly or in a JSON note. Opens every file, so that a bad one is named."""
     names = None
     for file in files:
         try:
@@ -371,7 +373,7 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
 
 
 class ArrowImages:
-    """An image column of a `datasets.Dataset`: memory-mapped cells, read without what the library spends on an item (12 times as much)."""
+    """An image column of a `datasets.Dataset`: memory-mapped cells, read at a tenth of what an item of it costs."""
 
     def __init__(self, table: Any, column: str, content: dict[str, Any]):
         self.table, self.column, self.content = table.select_columns([column]), column, content
@@ -438,7 +440,7 @@ def table_source(
     limit: int | None,
     names: list[str] | None,
 ) -> ImageSource:
-    """An ImageSource over a `datasets.Dataset`. `what` names the table in messages, `names` are class names for integer labels."""
+    """An ImageSource over a `datasets.Dataset`; `what` names it in messages, `names` are class names for integer labels."""
     column = image_column(what, table.features, image)
     labelled = label_column(what, table.features, label)
     if len(table) == 0:
@@ -532,8 +534,8 @@ def _rows(table: Any) -> np.ndarray | None:
 class StreamingSource:
     """An endless shuffled stream of images: no length, no index, no labels.
 
-    Position p of the stream is an item, good or bad; the place of a bad one is taken by the next good one. So a position means the
-    same whether or not the stream was interrupted, and skipping needs no decoding.
+    Position p of the stream is an item, good or bad; the place of a bad one is taken by the next good one. So a position means
+    the same whether or not the stream was interrupted, and skipping needs no decoding.
 
     Attributes:
         skipped: position -> reason, of the bad items that this process met.
@@ -560,8 +562,8 @@ class StreamingSource:
     def iterate(self, seed: int, skip: int = 0, step: int = 1) -> Iterator[Image.Image]:
         """Images at positions skip, skip + step, ... of the endless stream of `seed`; each epoch is shuffled anew.
 
-        Worker w of W takes `iterate(seed, first + w, W)`: together they give the one sequence, in any number of processes. Skipped
-        items are read, not decoded; epochs after the first are not even read.
+        Worker w of W takes `iterate(seed, first + w, W)`: together they give the one sequence, in any number of processes.
+        Skipped items are read, not decoded; epochs after the first are not even read.
 
         Raises:
             UserError: the stream is empty, more than half of the first 100 images tried are bad, or an epoch has no good one.
@@ -660,8 +662,8 @@ def load_named(config: DatasetsConfig) -> tuple[Any, dict[str, Any]]:
             ), content
     unreachable = _unreachable(config.name, config.revision)
     sentence = (
-        f"The data set {config.name!r} cannot be reached ({unreachable}) and no copy of it is kept on this machine; there is no folder "
-        "of that name here either. Connect to the network, or name a local folder or parquet file."
+        f"The data set {config.name!r} cannot be reached ({unreachable}) and no copy of it is on this machine, nor is there a "
+        "folder of that name here. Connect to the network, or name a local folder or parquet file."
     )
     if unreachable and config.streaming:
         raise EnvironmentFailed(sentence)
