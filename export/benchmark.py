@@ -119,12 +119,11 @@ class Timed:
     conditions: dict[str, Any]
     rounds: Rounds = field(default_factory=dict)
 
-    def seconds(self) -> np.ndarray:
-        """Of all timed calls, in order."""
-        return np.concatenate([self.rounds[r] for r in sorted(self.rounds)])
+    def n(self) -> int:
+        return sum(map(len, self.rounds.values()))
 
     def p50(self) -> float:
-        return float(np.median(self.seconds()))
+        return timing.quantile(list(self.rounds.values()), 0.5)
 
 
 Opened = list[tuple[Case, Encoder]]
@@ -253,22 +252,20 @@ def calls_a_round(config: BenchmarkConfig, seconds: float) -> int:
 
 def timing_rows(t: Timed) -> list[Row]:
     """Latency and throughput of one case at one batch."""
-    seconds, rounds = t.seconds(), list(t.rounds.values())
-    n = len(seconds)
+    rounds, n = list(t.rounds.values()), t.n()
 
     def row(metric: str, value: float, low: float | None = None, high: float | None = None) -> Row:
-        return t.case.row(metric, float(value), t.conditions, low=low, high=high, n=n)
+        return t.case.row(metric, value, t.conditions, low=low, high=high, n=n)
 
-    median, mean = timing.median_interval(rounds), timing.mean_interval(rounds)
-    p50 = [s * 1e3 for s in median or ()]
-    rate = [t.batch / s for s in reversed(mean or ())]
+    p50 = [s * 1e3 for s in timing.median_interval(rounds) or ()]
+    rate = [t.batch / s for s in reversed(timing.mean_interval(rounds) or ())]
     rows = [
-        row("latency_p50_ms", np.median(seconds) * 1e3, *p50),
-        row("latency_p90_ms", np.percentile(seconds, 90) * 1e3),
-        row("latency_mean_ms", np.mean(seconds) * 1e3),
-        row("images_per_s", t.batch / np.mean(seconds), *rate),
+        row("latency_p50_ms", t.p50() * 1e3, *p50),
+        row("latency_p90_ms", timing.quantile(rounds, 0.9) * 1e3),
+        row("latency_mean_ms", timing.mean(rounds) * 1e3),
+        row("images_per_s", t.batch / timing.mean(rounds), *rate),
     ]
-    return rows + ([row("latency_p99_ms", np.percentile(seconds, 99) * 1e3)] if n >= PERCENTILE_99_NEEDS else [])
+    return rows + ([row("latency_p99_ms", timing.quantile(rounds, 0.99) * 1e3)] if n >= PERCENTILE_99_NEEDS else [])
 
 
 def comparison_rows(timed: list[Timed], floor: float) -> list[Row]:
@@ -288,7 +285,7 @@ def comparison_rows(timed: list[Timed], floor: float) -> list[Row]:
                 "verdict": timing.verdict(low, high),
                 "measures": "ratio of median times a call",
             }
-            n = min(len(t.seconds()), len(base.seconds()))
+            n = min(t.n(), base.n())
             rows.append(t.case.row("latency_ratio", t.p50() / base.p50(), conditions, low=low, high=high, n=n))
     return rows
 
@@ -328,7 +325,7 @@ def preprocess_rows(config: BenchmarkConfig, cases: Sequence[Case], clock: Clock
         low, high = timing.median_interval(rounds) or (None, None)
         rows[case.subject] = Row(
             metric="preprocess_p50_ms",
-            value=float(np.median(np.concatenate(rounds)) * 1e3),
+            value=timing.quantile(rounds, 0.5) * 1e3,
             low=low and low * 1e3,
             high=high and high * 1e3,
             n=sum(map(len, rounds)),

@@ -51,21 +51,30 @@ def warm_up(once: Callable[[], float], limit: float) -> tuple[float, dict[str, A
     return float(np.median(taken[-5:])), {"warmup_calls": len(taken), "settled": settled}
 
 
-# Whole rounds are drawn, never single calls: the calls of one round share what else the machine did, and counting them as
-# independent would promise more than is known. A draw is held as how often each round was drawn, [RESAMPLES, rounds].
+# Every round counts the same, however many calls it had: a round that is slow holds fewer of them, and would otherwise
+# vanish. Intervals draw whole rounds, never single calls: the calls of one round share what else the machine did, and counting
+# them as independent would promise more than is known. A draw is held as how often each round was drawn, [draws, rounds].
+
+
+def quantile(rounds: Sequence[np.ndarray], q: float) -> float:
+    """The q-quantile (0..1) of the seconds a call."""
+    return float(_quantiles(rounds, np.ones((1, len(rounds)), np.int64), q)[0])
+
+
+def mean(rounds: Sequence[np.ndarray]) -> float:
+    return float(np.mean([r.mean() for r in rounds]))
 
 
 def median_interval(rounds: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the median of all calls; None with fewer than 6 rounds."""
-    return _interval(_medians(rounds, _draws(len(rounds)))) if len(rounds) >= INTERVAL_NEEDS else None
+    """95 % bootstrap interval of the median; None with fewer than 6 rounds."""
+    return _interval(_quantiles(rounds, _draws(len(rounds)), 0.5)) if len(rounds) >= INTERVAL_NEEDS else None
 
 
 def mean_interval(rounds: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the mean of all calls; None with fewer than 6 rounds."""
+    """95 % bootstrap interval of the mean; None with fewer than 6 rounds."""
     if len(rounds) < INTERVAL_NEEDS:
         return None
-    draws = _draws(len(rounds))
-    return _interval(draws @ np.array([r.sum() for r in rounds]) / (draws @ np.array([len(r) for r in rounds])))
+    return _interval(_draws(len(rounds)) @ np.array([r.mean() for r in rounds]) / len(rounds))
 
 
 def ratio_interval(a: Rounds, b: Rounds) -> tuple[float, float] | None:
@@ -74,19 +83,20 @@ def ratio_interval(a: Rounds, b: Rounds) -> tuple[float, float] | None:
     if len(both) < INTERVAL_NEEDS:
         return None
     draws = _draws(len(both))
-    return _interval(_medians([a[r] for r in both], draws) / _medians([b[r] for r in both], draws))
+    return _interval(_quantiles([a[r] for r in both], draws, 0.5) / _quantiles([b[r] for r in both], draws, 0.5))
 
 
 def _draws(rounds: int) -> np.ndarray:
     return np.random.default_rng(0).multinomial(rounds, np.full(rounds, 1 / rounds), size=RESAMPLES)
 
 
-def _medians(rounds: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
-    """[RESAMPLES] medians: every call counts as often as its round was drawn."""
-    calls, owner = np.concatenate(rounds), np.repeat(np.arange(len(rounds)), [len(r) for r in rounds])
+def _quantiles(rounds: Sequence[np.ndarray], draws: np.ndarray, q: float) -> np.ndarray:
+    """[draws] q-quantiles of the calls, each weighing as often as its round was drawn by the number of calls of the round."""
+    sizes = np.array([len(r) for r in rounds])
+    calls, owner = np.concatenate(rounds), np.repeat(np.arange(len(rounds)), sizes)
     order = np.argsort(calls)
-    below = np.cumsum(draws[:, owner[order]], axis=1, dtype=np.int32)
-    return calls[order][np.argmax(2 * below >= below[:, -1:], axis=1)]
+    below = np.cumsum((draws / sizes)[:, owner[order]], axis=1)
+    return calls[order][np.argmax(below >= q * below[:, -1:] * (1 - 1e-12), axis=1)]
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
