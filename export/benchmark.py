@@ -167,7 +167,7 @@ def benchmark(
             rows += preprocess_rows(config, chosen, clock)
             del opened, fitting, with_twin, twin, encoder
             timing.release_memory()
-    floor = max((max(a.p50() / b.p50(), b.p50() / a.p50()) - 1 for a, b in twins), default=None)
+    floor = max((abs(timing.ratio(a.rounds, b.rounds)[0] - 1) for a, b in twins), default=None)
     rows += [row for timed in groups for t in timed for row in timing_rows(t)]
     rows += [floor_row(floor, twins)] if cases else []
     rows += [row for timed in groups for row in comparison_rows(timed, floor or 0.0)]
@@ -274,7 +274,8 @@ def comparison_rows(timed: list[Timed], floor: float) -> list[Row]:
     rows = []
     for t in timed:
         for base in references(t.case, by_key):
-            low, high = timing.ratio_interval(t.rounds, base.rounds) or (None, None)
+            ratio, interval = timing.ratio(t.rounds, base.rounds)
+            low, high = interval or (None, None)
             low, high = low and low / (1 + floor), high and high * (1 + floor)
             conditions = {
                 **t.conditions,
@@ -283,10 +284,10 @@ def comparison_rows(timed: list[Timed], floor: float) -> list[Row]:
                 "versus_device": base.conditions.get("device"),
                 "noise_floor_percent": round(floor * 100, 3),
                 "verdict": timing.verdict(low, high),
-                "measures": "ratio of median times a call",
+                "measures": "median over rounds of the ratio of median times a call",
             }
             n = min(t.n(), base.n())
-            rows.append(t.case.row("latency_ratio", t.p50() / base.p50(), conditions, low=low, high=high, n=n))
+            rows.append(t.case.row("latency_ratio", ratio, conditions, low=low, high=high, n=n))
     return rows
 
 
@@ -303,7 +304,7 @@ def floor_row(floor: float | None, twins: list[tuple[Timed, Timed]]) -> Row:
         return not_measured("noise_floor_percent", "all", "all", "nothing could be timed on this machine.")
     conditions = {
         "artifacts": ", ".join(sorted({f"{t.case.subject} {t.case.target}" for t, _ in twins})),
-        "measures": "largest ratio of medians of one artifact opened twice, less 1, over resolutions and batches",
+        "measures": "largest difference in time of one artifact opened twice, over resolutions and batches",
     }
     return Row(
         metric="noise_floor_percent", value=floor * 100, n=len(twins), subject="all", target="all", conditions=conditions

@@ -175,7 +175,7 @@ def test_interleaving_keeps_a_slowing_machine_fair():
     assert ratio.value == pytest.approx(0.85, rel=0.05)
     assert ratio.conditions["verdict"] == "FASTER"
     p50 = one(rows, "latency_p50_ms", target="onnx-fp32")
-    assert p50.high > 2 * p50.low  # and the interval of each alone tells that the machine was not steady
+    assert p50.high > 2 * p50.low  # the the interval of each alone tells that the machine was not steady
 
 
 def test_a_machine_that_becomes_slow_after_warm_up_costs_calls_and_not_rounds():
@@ -368,7 +368,7 @@ def test_bootstrap_covers_the_median():
     low, high = timing.mean_interval(rounds)
     assert low < np.mean(rounds) < high
     twice = {r: 2 * s for r, s in enumerate(rounds)}
-    assert timing.ratio_interval(twice, dict(enumerate(rounds))) == pytest.approx((2.0, 2.0))  # the same rounds, drawn together
+    assert timing.ratio(twice, dict(enumerate(rounds))) == (2.0, (2.0, 2.0))
 
 
 def test_settings_that_cannot_be_right():
