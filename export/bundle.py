@@ -1,0 +1,340 @@
+"""The bundle: one deterministic archive with everything that a device needs to run a student, and to prove that it runs right.
+
+manifest.json         what the other files are (see verify.py); signature.json may one day stand beside it
+artifacts/TARGET/     artifact.json and the artifact's files, as exported
+preprocess.{py,json}  a copy of distill/data/preprocess.py, and its settings per resolution
+golden/               raw images (.png), their tensors (.npy), expected outputs per artifact (.npz)
+infer.py selftest.py  a runtime sample and the self-test; numpy, Pillow and a runtime are all they need
+report/  lineage.json  README.md  LICENSE
+"""
+
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import machine, python_version, system
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+import onnxruntime
+import PIL
+import torch
+from PIL import Image
+from pydantic import Field
+
+from distill.config import Config
+from distill.data import preprocess
+from distill.data.preprocess import Preprocess
+from distill.errors import GateFailed, UserError
+from distill.files import replacing, sha256_file
+from distill.models.checkpoints import load_backbone, model_info
+from distill.progress import Progress
+from export import golden
+from export.archive import CHUNK, bad_name, write_archive
+from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile
+from export.golden import PREPROCESS, SAME, SOURCE, Precision, Tolerance
+from export.verify import FORMAT, MANIFEST, verify
+
+TEMPLATES = Path(__file__).parent / "templates" / "bundle"
+REPORT_SUFFIXES = (".html", ".json", ".csv", ".md")
+LAYOUTS = {
+    "images": "batch, channel (red, green, blue), row, column",
+    "cls": "batch, feature",
+    "patches": "batch, patch (row by row from the top left), feature",
+}
+Content = bytes | Path
+Json = dict[str, Any]
+
+
+class BundleConfig(Config):
+    """What goes into a bundle.
+
+    Attributes:
+        targets: the artifacts to include; none: all that were exported.
+        golden_images: how many images the self-test compares.
+        tolerances: per precision, for expected outputs that the artifact computed itself. What is left out is `golden.SAME`.
+        source_tolerances: for those from what an artifact was made from, where it could not run. Left out: `golden.SOURCE`.
+        layout: how the files lie in the archive.
+    """
+
+    targets: list[str] | None = None
+    golden_images: int = 4
+    tolerances: dict[Precision, Tolerance] = Field(default_factory=dict)
+    source_tolerances: dict[Precision, Tolerance] = Field(default_factory=dict)
+    layout: Literal["plain"] = "plain"
+
+    def problems(self) -> list[str]:
+        """What contradicts itself in these settings, one sentence each."""
+        found = []
+        if not 1 <= self.golden_images <= 64:
+            found.append(f"golden_images must lie in 1..64, got {self.golden_images}")
+        if self.targets is not None and (not self.targets or len(set(self.targets)) < len(self.targets)):
+            found.append("targets must name at least one artifact, and each once; leave it out for all")
+        for name, given in (("tolerances", self.tolerances), ("source_tolerances", self.source_tolerances)):
+            for precision, tolerance in given.items():
+                if not (-1 <= tolerance.cosine_min <= 1 and 0 <= tolerance.max_abs < float("inf")):
+                    found.append(f"{name}.{precision}: cosine_min must lie in -1..1 and max_abs be at least 0")
+        return found
+
+    def tolerance(self, precision: Precision, same: bool) -> Tolerance:
+        """For outputs of the artifact itself (`same`) or of its source."""
+        given, default = (self.tolerances, SAME) if same else (self.source_tolerances, SOURCE)
+        return given.get(precision, default[precision])
+
+
+def build_bundle(
+    config: BundleConfig,
+    student: str,
+    run: Json,
+    artifacts: list[Artifact],
+    model_folder: Path,
+    golden_images: list[Image.Image],
+    report_folder: Path | None,
+    lineage: Json,
+    out: Path,
+    progress: Progress,
+) -> Path:
+    """Write `out`, a .tar.gz that `verify` accepts; the same inputs give the same bytes. It is whole or not there.
+
+    Args:
+        run: what to say about the run (JSON), e.g. its name and fingerprint.
+        artifacts: all of the student's; those not chosen still serve as sources of expected outputs.
+        model_folder: the student in PyTorch: the last source of expected outputs, and part of the lineage.
+        golden_images: at least `config.golden_images`; more are ignored.
+        lineage: what the model was made from (JSON), e.g. teacher, data, licences.
+
+    Raises:
+        UserError: a chosen artifact does not exist or was changed, or there are too few images.
+        GateFailed: a model gives NaN on a golden image, or the archive does not verify.
+    """
+    chosen = choose(config, artifacts)
+    if len(golden_images) < (need := config.golden_images):
+        raise UserError(f"The bundle needs {need} golden images and got {len(golden_images)}; lower bundle.golden_images.")
+    settings = preprocess_settings(chosen)
+    files = artifact_files(chosen)
+    images = [golden.golden_image(image) for image in golden_images[: config.golden_images]]
+    vectors, expected = add_golden(files, config, chosen, artifacts, settings, images, model_folder, progress)
+    files["preprocess.py"] = Path(preprocess.__file__)
+    files["preprocess.json"] = as_json({"resolutions": {str(r): p.to_json() for r, p in settings.items()}})
+    files |= {name: TEMPLATES / name for name in ("infer.py", "selftest.py", "LICENSE")}
+    files |= report_files(report_folder)
+    files["lineage.json"] = as_json({"student": student, "run": run, "model": model_lineage(model_folder), "lineage": lineage})
+    files["README.md"] = readme(student, chosen, report="report/index.html" in files)
+    write(out, manifest(config, student, chosen, vectors, expected, files), files, progress)
+    return out
+
+
+def choose(config: BundleConfig, artifacts: list[Artifact]) -> list[Artifact]:
+    """The artifacts that go in, in the order of the config or of the export."""
+    have = {a.target: a for a in artifacts}
+    wanted = config.targets if config.targets is not None else list(have)
+    if missing := [t for t in wanted if t not in have]:
+        made = ", ".join(have) or "nothing"
+        raise UserError(f"bundle.targets names {', '.join(missing)}, and export made {made}; add it to export's targets.")
+    if not wanted:
+        raise UserError("There is no artifact to bundle; run the export stage first.")
+    return [have[t] for t in wanted]
+
+
+def preprocess_settings(artifacts: list[Artifact]) -> dict[int, Preprocess]:
+    """Resolution -> settings, which all artifacts of a resolution share."""
+    settings: dict[int, Preprocess] = {}
+    for artifact in artifacts:
+        for entry in artifact.files:
+            own = Preprocess.from_json(entry.preprocess)
+            if settings.setdefault(entry.resolution, own) != own:
+                where = f"{artifact.path(entry)} is preprocessed otherwise than the rest at {entry.resolution} px"
+                raise UserError(f"{where}; run the export stage again for all targets.")
+    return dict(sorted(settings.items()))
+
+
+def artifact_files(artifacts: list[Artifact]) -> dict[str, Content]:
+    """artifact.json and every file that it names, their hashes checked."""
+    files: dict[str, Content] = {}
+    for artifact in artifacts:
+        files[f"artifacts/{artifact.target}/{NAME}"] = artifact.folder / NAME
+        entries: list[ArtifactFile | ExtraFile] = [*artifact.files, *artifact.extras]
+        for entry in entries:
+            path = artifact.path(entry)
+            if not path.is_file() or sha256_file(path) != entry.sha256:
+                raise UserError(f"{path} is missing or was changed since it was exported; run the export stage again.")
+            files[f"artifacts/{artifact.target}/{entry.path}"] = path
+    return files
+
+
+def add_golden(
+    files: dict[str, Content],
+    config: BundleConfig,
+    chosen: list[Artifact],
+    artifacts: list[Artifact],
+    settings: dict[int, Preprocess],
+    images: list[Image.Image],
+    model_folder: Path,
+    progress: Progress,
+) -> tuple[Json, dict[str, Json]]:
+    """Add images, tensors and expected outputs -> (the manifest's `golden`, its `expected` by path of an artifact's file)."""
+    names = [f"golden/image_{i}.png" for i in range(len(images))]
+    files |= dict(zip(names, map(golden.as_png, images), strict=True))
+    tensors = {r: np.stack([p(image) for image in images]) for r, p in settings.items()}
+    files |= {f"golden/input_{r}.npy": golden.as_npy(t) for r, t in tensors.items()}
+    expected: dict[str, Json] = {}
+    model = load_backbone(model_folder)
+    with progress.task("golden outputs", sum(len(a.files) for a in chosen), "files") as task:
+        for artifact in chosen:
+            for entry in artifact.files:
+                source, outputs = golden.expected_outputs(artifact, entry, artifacts, model, tensors[entry.resolution])
+                tolerance = config.tolerance(artifact.precision, source == artifact.target)
+                path = f"golden/{artifact.target}/expected_{entry.resolution}.npz"
+                files[path] = golden.as_npz(outputs)
+                expected[f"artifacts/{artifact.target}/{entry.path}"] = {
+                    "path": path,
+                    "source": source,
+                    "cosine_min": tolerance.cosine_min,
+                    "max_abs": {n: tolerance.max_abs * golden.root_mean_square(v) for n, v in outputs.items()},
+                }
+                task.advance(target=artifact.target)
+    inputs = [{"resolution": r, "path": f"golden/input_{r}.npy"} for r in settings]
+    return {"images": names, "inputs": inputs, **PREPROCESS.model_dump()}, expected
+
+
+def manifest(
+    config: BundleConfig,
+    student: str,
+    chosen: list[Artifact],
+    vectors: Json,
+    expected: dict[str, Json],
+    files: dict[str, Content],
+) -> Json:
+    """The value of manifest.json; `verify.Manifest` is its schema."""
+    versions = {"python": python_version(), "numpy": np.__version__, "pillow": PIL.__version__, "torch": str(torch.__version__)}
+    return {
+        "format": FORMAT,
+        "layout": config.layout,
+        "student": student,
+        "decant": decant_version(),
+        "built_with": versions,
+        "artifacts": [described(a, expected) for a in chosen],
+        "golden": vectors,
+        "files": [{"path": name, "bytes": size(files[name]), "sha256": hashed(files[name])} for name in sorted(files)],
+    }
+
+
+def described(artifact: Artifact, expected: dict[str, Json]) -> Json:
+    """An artifact in the manifest."""
+    native = artifact.runtime != "onnxruntime"  # an engine is machine code: for this system and these GPUs only
+    files = []
+    for entry in artifact.files:
+        path = f"artifacts/{artifact.target}/{entry.path}"
+        ports = {
+            kind: [{**spec.model_dump(), "layout": LAYOUTS[spec.name]} for spec in specs]
+            for kind, specs in (("inputs", entry.inputs), ("outputs", entry.outputs))
+        }
+        files.append({"path": path, "resolution": entry.resolution, **ports, "expected": expected[path]})
+    # ONNX is opened by whatever onnxruntime is there; the version that computed the golden outputs is the one known to work.
+    runtime = {} if native else {"onnxruntime": onnxruntime.__version__}
+    same = artifact.model_dump(include={"target", "precision", "runtime", "dim", "patch", "opset", "max_batch"})
+    where = {
+        "runtime": artifact.runtime,
+        "built_with": {**artifact.versions, **runtime},
+        "systems": [system().lower()] * native,
+        "machines": [machine().lower()] * native,
+        "compute_capabilities": artifact.compute_capabilities,
+    }
+    return {**same, "files": files, "compatibility": where}
+
+
+def write(out: Path, manifest: Json, files: dict[str, Content], progress: Progress) -> None:
+    """Write the archive beside `out`, verify it, rename it."""
+    for name in files:
+        if reason := bad_name(name):
+            raise UserError(f"This file cannot go into a bundle: {reason}; rename it.")
+    text = as_json(manifest)
+
+    def members() -> Iterator[tuple[str, int, Iterator[bytes]]]:
+        yield MANIFEST, len(text), iter([text])
+        for entry in manifest["files"]:
+            yield entry["path"], entry["bytes"], pieces(files[entry["path"]])
+            task.advance()
+
+    with replacing(out) as part:
+        try:
+            with progress.task(f"bundle {out.name}", len(files), "files") as task:
+                write_archive(part, members())
+            verify(part)
+        except (GateFailed, ValueError) as e:  # a file changed meanwhile, or is larger than a bundle may be
+            raise GateFailed(f"{out} was not written, because the archive does not verify ({e}).") from e
+
+
+def model_lineage(folder: Path) -> Json:
+    """What model.json says of a model, and the hash of its weights."""
+    info = model_info(folder)
+    weights = sha256_file(folder / "backbone.safetensors")
+    return {"backbone": info["backbone"], "lineage": info["lineage"], "weights_sha256": weights}
+
+
+def report_files(folder: Path | None) -> dict[str, Content]:
+    """The report's pages and tables, under report/. What only the runner needs stays out."""
+    if folder is None:
+        return {}
+    found = [p for p in folder.rglob("*") if p.is_file() and p.suffix in REPORT_SUFFIXES]
+    found = [p for p in found if p.name != "done.json" and not p.name.startswith(".")]
+    return {f"report/{p.relative_to(folder).as_posix()}": p for p in found}
+
+
+def readme(student: str, artifacts: list[Artifact], report: bool) -> bytes:
+    """README.md of the bundle."""
+    rows = []
+    for a in artifacts:
+        gpus = f", GPUs of compute capability {', '.join(a.compute_capabilities)}" if a.compute_capabilities else ""
+        rows.append(
+            {
+                "target": a.target,
+                "precision": a.precision,
+                "runs_on": a.runtime + gpus,
+                "input": ", ".join(f"{e.resolution} px" for e in a.files),
+                "max_batch": a.max_batch,
+                "size": f"{sum(e.bytes for e in a.files) / 1e6:.1f} MB",
+            }
+        )
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    template = environment.from_string((TEMPLATES / "README.md.j2").read_text(encoding="utf-8"))
+    text = template.render(
+        student=student,
+        decant=decant_version(),
+        dim=artifacts[0].dim,
+        patch=artifacts[0].patch,
+        report=report,
+        artifacts=rows,
+        engines=any(a.runtime != "onnxruntime" for a in artifacts),
+    )
+    return text.encode()
+
+
+def decant_version() -> str:
+    try:
+        return version("decant-vision")
+    except PackageNotFoundError:  # run from a checkout
+        return "unversioned"
+
+
+def as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def size(content: Content) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def hashed(content: Content) -> str:
+    return sha256(content).hexdigest() if isinstance(content, bytes) else sha256_file(content)
+
+
+def pieces(content: Content) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with open(content, "rb") as f:
+        while piece := f.read(CHUNK):
+            yield piece

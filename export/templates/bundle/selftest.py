@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Does this bundle do here what it did where it was built? Needs numpy, Pillow and the runtimes of its artifacts; no torch.
+
+    python selftest.py [--json] [--target onnx-int8] [--threads 2] [--seconds 0.5]
+
+In this order: what the machine has, the hash of every file (before any of them is imported or opened), the preprocessing of the
+golden images, then for each artifact the golden images from PNG to features against the expected ones, and a short latency.
+Exit code 0: every artifact that can run here passes. 1: something failed. 3: this machine can run none of them.
+A hash proves that the files belong to this manifest, not who wrote the manifest.
+"""
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+sys.dont_write_bytecode = True  # the folder stays as it was verified
+HERE = Path(__file__).resolve().parent
+FORMAT = "decant-bundle-1"
+PACKAGES = {"numpy": "numpy", "PIL": "pillow"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Test this bundle on this machine.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--target", help="test this artifact only")
+    parser.add_argument("--threads", type=int, default=0, help="0: the runtime decides")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for the latency of one file; 0: none")
+    args = parser.parse_args()
+    report = run(args)
+    if args.json:
+        print(json.dumps(report, indent=2, sort_keys=True, allow_nan=False))
+    else:
+        print(f"self-test of {report['student']} on {', '.join(f'{k} {v}' for k, v in report['machine'].items())}")
+        for result in report["results"]:
+            print(f"{result['status']}  {result['check']:<12}  {result['text']}")
+        verdicts = {0: "every artifact that can run here passes", 1: "FAILED", 3: "nothing here can run"}
+        print(f"{verdicts[report['exit_code']]} (exit code {report['exit_code']})")
+    return report["exit_code"]
+
+
+def run(args):
+    """The whole test -> its report."""
+    report = {"format": "decant-selftest-1", "student": "?", "machine": machine(), "results": []}
+    results = report["results"]
+
+    def finish(code):
+        report["exit_code"] = code
+        return report
+
+    try:
+        manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']!r} is not {FORMAT!r}")
+        report["student"] = manifest["student"]
+        artifacts = [a for a in manifest["artifacts"] if args.target in (None, a["target"])]
+        if not artifacts:
+            raise ValueError(
+                f"there is no artifact {args.target}, only {', '.join(a['target'] for a in manifest['artifacts'])}"
+            )
+        problem, unlisted = check_files(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        results.append(result("files", "FAIL", f"manifest.json: {type(e).__name__}: {first_line(e)}"))
+        return finish(1)
+    if missing := [pip for module, pip in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        results.append(result("machine", "SKIP", f"{' and '.join(missing)} missing; run: pip install numpy pillow onnxruntime"))
+        return finish(3)
+    results.append(result("machine", "PASS", "numpy and Pillow are installed"))
+    if problem:
+        results.append(result("files", "FAIL", problem))
+        results.extend(result(a["target"], "SKIP", "not opened, because a file was changed") for a in artifacts)
+        return finish(1)
+    beside = f"; not part of the bundle: {', '.join(unlisted[:5])}" if unlisted else ""
+    results.append(result("files", "PASS", f"{len(manifest['files'])} files, every hash as listed{beside}"))
+    infer = load("infer")
+    results.append(guarded("preprocess", lambda: check_preprocessing(infer, manifest["golden"])))
+    for artifact in artifacts:
+        results.append(guarded(artifact["target"], lambda a=artifact: check_artifact(infer, a, manifest["golden"], args)))
+    if any(r["status"] == "FAIL" for r in results):
+        return finish(1)
+    ran = {r["check"] for r in results if r["status"] == "PASS"} & {a["target"] for a in artifacts}
+    return finish(0 if ran else 3)
+
+
+def machine():
+    """What a reader of the report needs to know about this machine."""
+    found = {"python": platform.python_version(), "system": platform.system().lower(), "machine": platform.machine().lower()}
+    for name in ("numpy", "PIL", "onnxruntime", "tensorrt_rtx", "tensorrt"):
+        if importlib.util.find_spec(name) is not None:
+            try:
+                found[name] = importlib.import_module(name).__version__
+            except Exception as e:  # a package whose libraries do not load
+                found[name] = f"broken ({first_line(e)})"
+    return found
+
+
+def check_files(files):
+    """(what is wrong with the listed files or None, files beside them)."""
+    for file in files:
+        path = HERE / file["path"]
+        if not path.is_file():
+            return f"{file['path']} is missing", []
+        if path.stat().st_size != file["bytes"]:
+            return f"{file['path']} has {path.stat().st_size} bytes, not {file['bytes']}", []
+        digest = hashlib.sha256()
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != file["sha256"]:
+            return f"{file['path']} was changed: its sha256 is not the manifest's", []
+    known = {f["path"] for f in files} | {"manifest.json", "signature.json"}
+    there = (p.relative_to(HERE).as_posix() for p in sorted(HERE.rglob("*")) if p.is_file())
+    return None, [name for name in there if name not in known]
+
+
+def check_preprocessing(infer, golden):
+    """Golden images from PNG to tensor, against the stored tensors. Pillow's resize may differ by a grey level elsewhere."""
+    import numpy as np
+
+    worst, least = 0.0, 1.0
+    for stored in golden["inputs"]:
+        expected = np.load(HERE / stored["path"], allow_pickle=False)
+        cosine, largest = compare(
+            expected.reshape(len(expected), -1), preprocessed(infer, golden, stored["resolution"]).reshape(len(expected), -1)
+        )
+        worst, least = max(worst, largest), min(least, cosine)
+    numbers = {"cosine_min": least, "max_abs": worst}
+    if not (least >= golden["cosine_min"] and worst <= golden["max_abs"]):
+        wanted = f"cosine at least {golden['cosine_min']}, max abs at most {golden['max_abs']}"
+        return result("preprocess", "FAIL", f"cosine {least:.6f}, max abs {worst:.4f}; expected {wanted}", **numbers)
+    return result("preprocess", "PASS", f"{len(golden['images'])} golden images, max abs {worst:.2g}", **numbers)
+
+
+def check_artifact(infer, artifact, golden, args):
+    """One artifact at each of its resolutions: golden images, then latency."""
+    texts, details, failed = [], [], False
+    for file in artifact["files"]:
+        try:
+            start = time.perf_counter()
+            model = infer.Model(artifact, file, args.threads)
+            load_s = time.perf_counter() - start
+        except infer.Unavailable as e:
+            return result(artifact["target"], "SKIP", str(e))
+        tensor = preprocessed(infer, golden, file["resolution"])
+        found, problem = compare_outputs(file, model.run(tensor))
+        if problem:
+            failed = True
+            texts.append(f"{file['resolution']} px: {problem}; {whose_fault(model, file, golden)}")
+        else:
+            found.update(latency(model, tensor[:1], args.seconds))
+            time_text = f", {found['latency_p50_ms']:.2f} ms (median of {found['latency_n']})" if "latency_n" in found else ""
+            texts.append(
+                f"{file['resolution']} px: cosine {found['cosine_min']:.6f}, max abs {found['max_abs']:.2g}{time_text}"
+            )
+        details.append({"resolution": file["resolution"], "load_s": load_s, **found})
+    return result(artifact["target"], "FAIL" if failed else "PASS", "; ".join(texts), files=details)
+
+
+def preprocessed(infer, golden, resolution):
+    """[n, 3, S, S] float32 of the golden images, from their PNG files."""
+    import numpy as np
+
+    code = infer.load("preprocess")
+    settings = infer.read_json("preprocess.json")["resolutions"][str(resolution)]
+    preprocess = code.Preprocess.from_json(settings)
+    return np.stack([preprocess(code.load_rgb(HERE / name)) for name in golden["images"]])
+
+
+def compare_outputs(file, got):
+    """Outputs against the expected ones -> (numbers, what is wrong or None)."""
+    import numpy as np
+
+    least, worst, problem = 1.0, 0.0, None
+    with np.load(HERE / file["expected"]["path"], allow_pickle=False) as expected:
+        for name, limit in sorted(file["expected"]["max_abs"].items()):
+            if got[name].shape != expected[name].shape:
+                return {}, f"{name} has shape {list(got[name].shape)}, expected {list(expected[name].shape)}"
+            if not np.isfinite(got[name]).all():
+                return {}, f"{name} holds NaN or infinity"
+            cosine, largest = compare(expected[name], got[name])
+            least, worst = min(least, cosine), max(worst, largest)
+            if cosine < file["expected"]["cosine_min"]:
+                problem = problem or f"{name} has cosine {cosine:.6f}, expected at least {file['expected']['cosine_min']}"
+            elif largest > limit:
+                problem = problem or f"{name} is off by {largest:.4g}, expected at most {limit:.4g}"
+    return {"cosine_min": least, "max_abs": worst, "expected_from": file["expected"]["source"]}, problem
+
+
+def compare(expected, got):
+    """(least cosine of vectors along the last axis, largest absolute difference)."""
+    import numpy as np
+
+    a, b = expected.astype(np.float64), got.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    same = (a == b).all(-1)  # a zero vector has no direction, and equals itself
+    cosine = np.where(same, 1.0, (a * b).sum(-1) / np.where(norms > 0, norms, np.inf))
+    return float(cosine.min()), float(np.abs(a - b).max())
+
+
+def whose_fault(model, file, golden):
+    """The same comparison from the stored tensor tells the model's difference from the preprocessing's."""
+    import numpy as np
+
+    stored = next(g for g in golden["inputs"] if g["resolution"] == file["resolution"])
+    _, problem = compare_outputs(file, model.run(np.load(HERE / stored["path"], allow_pickle=False)))
+    return (
+        "the stored tensor gives the same: it is the model" if problem else "the stored tensor passes: it is the preprocessing"
+    )
+
+
+def latency(model, tensor, seconds):
+    """Median and 90th percentile of calls with one image, tensor in and features out."""
+    if seconds <= 0:
+        return {}
+    for _ in range(3):
+        model.run(tensor)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 1000):
+        start = time.perf_counter()
+        model.run(tensor)
+        times.append((time.perf_counter() - start) * 1000)
+    times.sort()
+    return {"latency_p50_ms": times[len(times) // 2], "latency_p90_ms": times[len(times) * 9 // 10], "latency_n": len(times)}
+
+
+def guarded(check, work):
+    try:
+        return work()
+    except Exception as e:  # whatever a runtime throws is this artifact's failure, and the others still get their turn
+        return result(check, "FAIL", f"{type(e).__name__}: {first_line(e)}")
+
+
+def result(check, status, text, **numbers):
+    return {"check": check, "status": status, "text": text, **numbers}
+
+
+def load(name):
+    """A module of this bundle by its path: nothing else of that name can stand in for it."""
+    spec = importlib.util.spec_from_file_location(f"bundle_{name}", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

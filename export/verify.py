@@ -1,0 +1,338 @@
+"""Check a bundle without running or unpacking it: the archive, its manifest, every size and every hash. Safe on hostile input.
+
+A bundle is an archive in the one form of `archive.py`: `manifest.json` first, then `signature.json` where there is one, then
+exactly the files that the manifest lists, in the order of their names.
+
+A hash proves that a file is the one the manifest means, not who wrote the manifest. That is the place of `signature.json`, an
+Ed25519 signature over the bytes of `manifest.json` and the only file that is listed nowhere. This version notes that it is
+there and does not check it.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+
+from distill.errors import EnvironmentFailed, GateFailed, UserError
+from export.archive import LIMITS, MAX_FILE, ArchiveReader, Limits, Refused, bad_name, shown
+
+FORMAT = "decant-bundle-1"
+MANIFEST, SIGNATURE = "manifest.json", "signature.json"
+REQUIRED = ("LICENSE", "README.md", "infer.py", "lineage.json", "preprocess.json", "preprocess.py", "selftest.py")
+
+
+Create = Callable[[str], BinaryIO | None]
+T = TypeVar("T")
+Several = Annotated[list[T], FailFast()]  # a million wrong elements are one error, not a million
+Size = Annotated[int, Field(ge=1, le=1 << 31)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ListedFile(Strict):
+    path: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0, le=MAX_FILE)]
+
+
+class Port(Strict):
+    """A tensor that goes in or comes out: `shape` mixes sizes with names of dynamic axes, `layout` names the axes in words."""
+
+    name: str
+    dtype: str
+    shape: Several[Size | str]
+    layout: str
+
+
+class Expected(Strict):
+    """Golden outputs of one file: an .npz of `cls` [n, D] and `patches` [n, N, D], float32, in the order of the golden images.
+
+    Attributes:
+        path: the .npz inside the bundle.
+        source: the target that computed it: the artifact's own, or what it was made from where it could not run.
+        cosine_min: the least cosine of a CLS or patch vector to the expected one.
+        max_abs: the largest absolute difference, per output.
+    """
+
+    path: str
+    source: str
+    cosine_min: float
+    max_abs: dict[str, float]
+
+
+class GoldenInput(Strict):
+    """The preprocessed golden images at one resolution: a .npy [n, 3, S, S] float32."""
+
+    resolution: Size
+    path: str
+
+
+class Golden(Strict):
+    """Raw golden images, their tensors, and how far another Pillow's resize may lie from them."""
+
+    images: Several[str]
+    inputs: Several[GoldenInput]
+    cosine_min: float
+    max_abs: float
+
+
+class BundledFile(Strict):
+    path: str
+    resolution: Size
+    inputs: Several[Port]
+    outputs: Several[Port]
+    expected: Expected
+
+
+class Compatibility(Strict):
+    """Where an artifact runs. An empty list means anywhere.
+
+    Attributes:
+        runtime: import name of the package that executes it.
+        built_with: versions of packages that made it. An engine runs on exactly that version of its runtime, ONNX on that
+            or a later one.
+        systems, machines: as Python's platform.system() and platform.machine() name them, in lower case.
+        compute_capabilities: of NVIDIA GPUs, e.g. "8.6".
+    """
+
+    runtime: str
+    built_with: dict[str, str]
+    systems: Several[str]
+    machines: Several[str]
+    compute_capabilities: Several[str]
+
+
+class BundledArtifact(Strict):
+    target: str
+    precision: str
+    runtime: str
+    dim: Size
+    patch: Size
+    opset: Size
+    max_batch: Size
+    files: Annotated[Several[BundledFile], Field(min_length=1)]
+    compatibility: Compatibility
+
+
+class Manifest(Strict):
+    """`manifest.json`: everything in the bundle but itself and its signature. `built_with`: what computed the golden data."""
+
+    format: Literal["decant-bundle-1"]
+    layout: Literal["plain"]
+    student: str
+    decant: str
+    built_with: dict[str, str]
+    artifacts: Annotated[Several[BundledArtifact], Field(min_length=1)]
+    golden: Golden
+    files: Several[ListedFile]
+
+    def problems(self, limits: Limits) -> list[str]:
+        """What contradicts itself or leaves the limits, one clause each."""
+        names = [f.path for f in self.files]
+        if len(names) > limits.files:
+            return [f"it lists {len(names)} files, more than {limits.files}"]
+        found = [reason for name in names if (reason := bad_name(name))]
+        folded = Counter(n.casefold() for n in names)  # some file systems take a.onnx and A.onnx for one
+        folders = {n.rsplit("/", i)[0] for n in folded for i in range(1, n.count("/") + 1)}
+        found += [f"{shown(n)} is listed twice" for n, count in folded.items() if count > 1]
+        found += [f"{shown(n)} is both a file and a folder" for n in folded if n in folders]
+        found += [f"its manifest lists {n}, which is never listed" for n in (MANIFEST, SIGNATURE) if n in folded]
+        if names != sorted(names):
+            found.append("the manifest's files are not in the order of their names")
+        known = set(names)
+        found += [f"{n} is missing from the manifest" for n in REQUIRED if n not in known]
+        found += [f"its manifest speaks of {shown(p)} and does not list it" for p in self.references() if p not in known]
+        if (total := sum(f.bytes for f in self.files)) > limits.total or any(f.bytes > limits.file for f in self.files):
+            found.append(f"it unpacks to {total} bytes, or to a larger file, than is allowed")
+        return found + self.artifact_problems()
+
+    def artifact_problems(self) -> list[str]:
+        targets = Counter(a.target for a in self.artifacts)
+        found = [f"artifact {shown(t)} appears twice" for t, count in targets.items() if count > 1]
+        resolutions = {g.resolution for g in self.golden.inputs}
+        for artifact in self.artifacts:
+            for file in artifact.files:
+                if not file.path.startswith(f"artifacts/{artifact.target}/"):
+                    found.append(f"{shown(file.path)} does not lie in artifacts/{shown(artifact.target)}")
+                if file.resolution not in resolutions:
+                    found.append(f"{shown(file.path)} has no golden input of {file.resolution} px")
+                if set(file.expected.max_abs) != {port.name for port in file.outputs}:
+                    found.append(f"{shown(file.path)} has no tolerance for one of its outputs")
+        return found
+
+    def references(self) -> list[str]:
+        """Every path that something else in the manifest names."""
+        files = [f for a in self.artifacts for f in a.files]
+        golden = self.golden.images + [g.path for g in self.golden.inputs]
+        return [f.path for f in files] + [f.expected.path for f in files] + golden
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What a verified bundle is.
+
+    Attributes:
+        files: listed files. packed, unpacked: bytes of the archive, and of all files.
+        manifest_sha256: identifies the bundle; it is also what a signature signs.
+        signature: "none", or "present, not checked".
+    """
+
+    path: Path
+    manifest: Manifest
+    manifest_sha256: str
+    files: int
+    packed: int
+    unpacked: int
+    signature: str
+
+    def summary(self) -> str:
+        """One line for the user."""
+        targets = ", ".join(a.target for a in self.manifest.artifacts)
+        return (
+            f"{self.path}: {self.files} files, {self.unpacked / 1e6:.1f} MB, every size and hash as the manifest says; "
+            f"student {shown(self.manifest.student)} as {shown(targets)}; signature: {self.signature}."
+        )
+
+
+def verify(path: Path, limits: Limits = LIMITS) -> VerifyResult:
+    """Check a bundle from first to last byte, in bounded memory, without running or writing anything.
+
+    Raises:
+        GateFailed: it is not a whole, unchanged bundle, or one that costs more than `limits`; the sentence says where.
+        UserError: there is no such file, or it cannot be read.
+    """
+    return scan(path, limits, lambda name: None)
+
+
+def unpack(path: Path, folder: Path, limits: Limits = LIMITS) -> VerifyResult:
+    """Verify a bundle while writing its files below `folder`, which is empty or new. Use the files only if this returns.
+
+    Raises:
+        GateFailed, UserError: as `verify`.
+    """
+
+    def create(name: str) -> BinaryIO:
+        target = folder / name  # safe: `bad_name` let it pass before anything is created
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return open(target, "xb")
+
+    return scan(path, limits, create)
+
+
+def scan(path: Path, limits: Limits, create: Create) -> VerifyResult:
+    """The walk behind `verify` and `unpack`: `create(name)` gives the file to write a member to, or None."""
+    if not path.is_file():  # a pipe would block, a device never end
+        raise UserError(f"{path} is not a file; name a bundle such as RUN/bundles/small.tar.gz.")
+    try:
+        with open(path, "rb") as file:
+            return _scan(path, ArchiveReader(file, limits), limits, create)
+    except Refused as e:
+        raise GateFailed(f"{path} was refused: {e}; copy it again, or rebuild it with `decant bundle RUN`.") from e
+    except PermissionError as e:
+        raise UserError(f"{path} cannot be read or unpacked ({e}); check the permissions.") from e
+    except OSError as e:
+        raise EnvironmentFailed(f"{path} could not be read or unpacked ({e}); check the disk and its free space.") from e
+
+
+def _scan(path: Path, stream: ArchiveReader, limits: Limits, create: Create) -> VerifyResult:
+    name, size = stream.header() or (None, 0)
+    if name != MANIFEST:
+        raise Refused(f"its first file is {name or 'missing'}, not {MANIFEST}")
+    if size > limits.manifest:
+        raise Refused(f"its {MANIFEST} has {size} bytes, more than {limits.manifest}")
+    text = stream.member(size)
+    manifest = parse_manifest(text, limits)
+    write_member(create, MANIFEST, [text])
+    listed = {f.path: f for f in manifest.files}
+    seen: list[str] = []
+    signature = "none"
+    while header := stream.header():
+        name, size = header
+        if name == SIGNATURE and signature == "none" and not seen:
+            signature = "present, not checked"
+            read_signature(stream, size, limits, create)
+            continue
+        check_turn(name, size, listed, manifest.files, seen)
+        digest = hashlib.sha256()
+        write_member(create, name, stream.chunks(size, digest))
+        if digest.hexdigest() != listed[name].sha256:
+            raise Refused(f"{name} was changed: its sha256 is not the manifest's")
+        seen.append(name)
+    if len(seen) < len(listed):
+        raise Refused(f"{manifest.files[len(seen)].path} is missing from the archive")
+    stream.end()
+    total = len(text) + sum(f.bytes for f in manifest.files)
+    return VerifyResult(path, manifest, hashlib.sha256(text).hexdigest(), len(seen), stream.packed, total, signature)
+
+
+def check_turn(name: str, size: int, listed: dict[str, ListedFile], files: list[ListedFile], seen: list[str]) -> None:
+    """Refuse a member that is not the next of the manifest's files, or has another size."""
+    if name not in listed:
+        raise Refused(f"{shown(name)} is in the archive and not in the manifest")
+    expected = files[len(seen)].path if len(seen) < len(files) else None
+    if name != expected:
+        if name in seen:
+            raise Refused(f"{name} is in the archive twice")
+        raise Refused(f"{name} stands where {expected} belongs: a file is missing or out of order")
+    if size != listed[name].bytes:
+        raise Refused(f"{name} has {size} bytes, the manifest says {listed[name].bytes}")
+
+
+def read_signature(stream: ArchiveReader, size: int, limits: Limits, create: Create) -> None:
+    if size > limits.signature:
+        raise Refused(f"its {SIGNATURE} has {size} bytes, more than {limits.signature}")
+    data = stream.member(size)
+    parse_json(data, SIGNATURE)
+    write_member(create, SIGNATURE, [data])
+
+
+def write_member(create: Create, name: str, chunks: Iterable[bytes]) -> None:
+    target = create(name)
+    if target is None:
+        for _ in chunks:
+            pass
+        return
+    with target:
+        for chunk in chunks:
+            target.write(chunk)
+
+
+def parse_manifest(text: bytes, limits: Limits) -> Manifest:
+    value = parse_json(text, MANIFEST)
+    if (got := value.get("format")) != FORMAT:
+        raise Refused(f"its manifest has format {shown(got) if isinstance(got, str) else 'none'}, this version reads {FORMAT}")
+    try:
+        manifest = Manifest.model_validate(value)
+    except ValidationError as e:
+        first = e.errors(include_input=False, include_url=False)[0]
+        raise Refused(f"its manifest is wrong at {shown('.'.join(map(str, first['loc'])))}: {shown(first['msg'])}") from e
+    if problems := manifest.problems(limits):
+        raise Refused(problems[0])
+    return manifest
+
+
+def parse_json(text: bytes, name: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys, which two readers could understand in two ways, and without NaN."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(result := dict(items)) < len(items):
+            raise ValueError("a key appears twice")
+        return result
+
+    def constant(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as e:
+        raise Refused(f"its {name} is not proper JSON ({shown(str(e))})") from e
+    if not isinstance(value, dict):
+        raise Refused(f"its {name} is not a JSON object")
+    return value
