@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from distill.errors import UserError
 from distill.files import write_text
-from recipes import doctor, marks
+from export.fingerprint import fingerprint
+from recipes import marks
 from recipes.marks import DONE, STARTED, Stage
 
 Action = Literal["skip", "continue", "restore", "run"]
@@ -52,7 +53,7 @@ class Book:
         self.digests: dict[str, str | None] = {}
         self.gates: dict[str, str] = {}
         self.skipped: list[str] = []  # done before, not yet told
-        self.machine = {"versions": doctor.versions(), "device": doctor.device()}
+        self.machine = fingerprint()
         names, folders = [s.name for s in stages], [s.folder for s in stages]
         assert len(set(names)) == len(names), "two stages share a name"
         assert len(set(folders)) == len(folders), "two stages share a folder"
@@ -90,8 +91,8 @@ class Book:
             return decision("continue", "was interrupted")
         if forced:
             return decision("run", "asked for")
-        if done.get("skipped") and {k: done[k] for k in self.machine} != self.machine:
-            return decision("run", "this machine has changed since it was skipped")
+        if done.get("skipped") and any(done["machine"].get(part) != self.machine[part] for part in ("gpus", "packages")):
+            return decision("run", "what is installed here has changed since it was skipped")
         if bad := marks.damage(stage.folder, done):
             return decision("run", bad)
         return decision("skip", f"skipped before: {done['skipped']}" if done.get("skipped") else "nothing changed", done)

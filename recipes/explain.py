@@ -46,7 +46,12 @@ def explain(model: type[BaseModel], value: Any, error: ValidationError) -> list[
             expected.setdefault(path, []).append(wanted)
         else:
             found.append((path, sentence_of(e, path, model, value)))
+    inside = [path for path, _ in found]
     for path, wants in expected.items():
+        if isinstance(at(value, path), dict | list) and any(
+            other[: len(path)] == path for other in [*inside, *(expected.keys() - {path})]
+        ):
+            continue  # a union's member that takes no section: what is wrong inside the section says more
         found.append((path, _must_be(list(dict.fromkeys(wants)), at(value, path))))
     return found
 
@@ -90,8 +95,9 @@ def unknown_key(model: type[BaseModel], path: Path, value: Any) -> str:
     fields = sorted({f for m in models_at(model, tuple(section), value) for f in m.model_fields})
     if near := difflib.get_close_matches(str(name), fields, 1):
         return f"unknown key; did you mean {near[0]}?"
-    own = dotted(path)
-    if elsewhere := [p for p in all_paths(model) if p != own and p.split(".")[-1] == name]:
+    known = list(all_paths(model))
+    elsewhere = [p for p in known if p.split(".")[-1] == name] if dotted(path) not in known else []  # or: of another kind here
+    if elsewhere:
         return f"unknown key; did you mean {' or '.join(elsewhere[:3])}?"
     return f"unknown key; {dotted(tuple(section)) or 'a recipe'} has {', '.join(fields)}"
 

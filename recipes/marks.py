@@ -40,7 +40,7 @@ class Stage:
         data: name -> fingerprint of the data from outside that it reads.
         schema: raise it when the code changes what it writes: older results then count as stale.
         optional: if `work` raises EnvironmentFailed, the run goes on and `rows_if_skipped(reason)` become its rows. It is
-            tried again once the machine's versions or devices have changed.
+            tried again once other packages or GPUs are there.
         needs_gates: not run while a gate of an earlier stage fails (GateFailed): for what ships.
     """
 
@@ -76,7 +76,7 @@ def mark(folder: Path, name: str) -> dict[str, Any] | None:
         found = read_json(folder / name)
     except (OSError, ValueError):
         return None
-    needed = {"key", "identity", "read"} | ({"outputs", "digest", "versions", "device"} if name == DONE else set())
+    needed = {"key", "identity", "read"} | ({"outputs", "digest", "machine"} if name == DONE else set())
     return found if isinstance(found, dict) and needed <= found.keys() else None
 
 

@@ -22,7 +22,7 @@ from distill.errors import DecantError, EnvironmentFailed, GateFailed, UserError
 from distill.files import read_json, write_json, write_text
 from distill.progress import Progress, duration
 from distill.rows import write_rows
-from recipes import doctor, marks
+from recipes import marks
 from recipes.decide import Book, Decision, decide, names_of
 from recipes.lock import locked
 from recipes.marks import DONE, SKIPPED, STARTED, Stage
@@ -171,7 +171,7 @@ def _work(book: Book, decision: Decision, progress: Progress) -> dict[str, Any]:
     outputs = marks.describe_outputs(stage.folder, book.foreign(stage))
     seconds = round(time.monotonic() - begun, 3)
     results = {"outputs": outputs, "digest": marks.digest_of(outputs), "seconds": seconds, "attempts": attempts}
-    done = mark | ending | book.machine | results
+    done = mark | ending | results | {"machine": book.machine}
     write_json(stage.folder / DONE, done)
     (stage.folder / STARTED).unlink()
     _log(run_folder, "finished", stage.name, seconds=seconds, **ending)
@@ -199,7 +199,7 @@ def _claim(run_folder: Path, recipe: str, text: str) -> None:
             what = f"{run_folder} holds a run of the recipe {other!r}, not of {recipe!r}."
             raise UserError(f"{what} Choose another folder with --out, or remove that one.")
     else:
-        write_json(path, {"format": FORMAT, "recipe": recipe, "made": _now()} | {"versions": doctor.versions()})
+        write_json(path, {"format": FORMAT, "recipe": recipe, "made": _now()})
     target = run_folder / "recipe.yaml"
     if not target.exists() or target.read_text(encoding="utf-8") != text:
         write_text(target, text)

@@ -37,6 +37,7 @@ Source = Annotated[Scenes | Folder, Field(discriminator="kind")]
 
 class Data(Config):
     train: Source
+    test: str | Source | None = None
     batch: int = Field(64, ge=1)
 
 
@@ -149,6 +150,17 @@ def test_only_the_chosen_kind_of_a_union_complains(wrong):
     ]
     assert wrong(GOOD.replace("{kind: scenes}", "images")) == [
         'my.yaml:3: data.train: must be a section of its own settings, got "images"'
+    ]
+
+
+def test_a_section_in_place_of_a_text_is_judged_as_a_section(wrong):
+    text = GOOD.replace("data:\n", "data:\n  test: {kind: folder, path: a, lables: true}\n")
+    assert wrong(text) == ["my.yaml:3: data.test.lables: unknown key; did you mean labels?"]
+    assert wrong(text.replace("folder, path: a, lables: true", "scenez")) == [
+        "my.yaml:3: data.test: kind must be one of scenes, folder, got 'scenez'; did you mean scenes?"
+    ]
+    assert wrong(GOOD.replace("data:\n", "data:\n  test: 3\n")) == [
+        "my.yaml:3: data.test: must be text or a section of its own settings, got 3"
     ]
 
 

@@ -15,6 +15,7 @@ from distill.errors import EnvironmentFailed, GateFailed, UserError
 from distill.files import read_json, write_text
 from distill.progress import Progress
 from distill.rows import Row, not_measured, read_rows, write_rows
+from export.fingerprint import fingerprint
 from recipes.run import Interrupted, Stage, decide, execute
 
 
@@ -85,8 +86,8 @@ def test_done_json_tells_how_the_result_came_about(kitchen: Kitchen):
     assert done["identity"]["inputs"] == {"teacher": read_json(kitchen.run / "teacher/done.json")["key"]}
     assert {o["path"] for o in done["outputs"]} == {"out.txt", "rows.jsonl"}
     assert all(len(o["sha256"]) == 64 and o["bytes"] > 0 for o in done["outputs"])
-    assert done["versions"]["python"]
-    assert done["device"]["cpu"]
+    assert done["machine"]["packages"]["torch"]
+    assert done["machine"]["cpu"]["threads"] >= 1
     assert done["seconds"] >= 0
     assert not (kitchen.run / "students/small/started.json").exists()
 
@@ -226,7 +227,8 @@ def test_an_optional_stage_without_its_package_becomes_not_measured(kitchen: Kit
     row = read_rows(kitchen.run / "rows.jsonl")[1]
     assert (row.status, row.reason) == ("not measured", "tensorrt is not installed.")
     assert kitchen.cook(more) == []
-    monkeypatch.setattr("recipes.doctor.versions", lambda: {"tensorrt": "11"})
+    machine = fingerprint()
+    monkeypatch.setattr("recipes.decide.fingerprint", lambda: machine | {"packages": {"tensorrt": "11"}})
     kitchen.fail = {}
     assert kitchen.cook(more) == ["students/small", "report"]
     assert not (kitchen.run / "students/small/skipped.json").exists()
@@ -292,8 +294,10 @@ def test_a_cut_off_log_line_does_not_spoil_the_next(kitchen: Kitchen):
 
 # What follows is killed for real. The stage `slow` counts to STEPS in a file, a step a call of the file's owner.
 SCRIPT = """
-import os, sys, time
+import os, sys, time, types
 from pathlib import Path
+# The machine's description needs torch, which takes seconds to import and has no part in this.
+sys.modules["export.fingerprint"] = types.SimpleNamespace(fingerprint=lambda: {"gpus": [], "packages": {}})
 from distill.files import write_text
 from distill.progress import Progress
 from recipes.run import Stage, execute
