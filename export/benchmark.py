@@ -167,7 +167,8 @@ def benchmark(
             rows += preprocess_rows(config, chosen, clock)
             del opened, fitting, with_twin, twin, encoder
             timing.release_memory()
-    floor = max((abs(timing.ratio(a.rounds, b.rounds)[0] - 1) for a, b in twins), default=None)
+    ratios = [timing.ratio(a.rounds, b.rounds)[0] for a, b in twins]
+    floor = max((max(r, 1 / r) - 1 for r in ratios), default=None)
     rows += [row for timed in groups for t in timed for row in timing_rows(t)]
     rows += [floor_row(floor, twins)] if cases else []
     rows += [row for timed in groups for row in comparison_rows(timed, floor or 0.0)]
