@@ -1,4 +1,4 @@
-"""ONNX -> engine, by TensorRT for RTX (compiles without a GPU) or TensorRT (on the GPU it builds for), through one thin adapter.
+"""ONNX -> engine, by TensorRT for RTX (compiles without a GPU) or TensorRT (on the GPU it builds for), through a thin adapter.
 
 Both are strongly typed: the graph decides every precision, no flag does. So a graph is checked against the precision in its
 name before it is compiled. What a version lacks is found by `hasattr` and said in one sentence of `EngineInfo.notes`.
