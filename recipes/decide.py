@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ def decide(run_folder: Path, stages: Sequence[Stage], force: Iterable[str] = ())
     """What `execute` would do, changing nothing."""
     book = Book(run_folder, stages, force)
     found = []
-    for stage in stages:
+    for stage in book.stages:
         found.append(book.decide(stage))
         book.note(found[-1], found[-1].done)
     return found
@@ -47,14 +47,15 @@ class Book:
     """What is known about the stages so far, in plan order. A `digest` of None stands for a stage that did not get done."""
 
     def __init__(self, run_folder: Path, stages: Sequence[Stage], force: Iterable[str]):
-        self.run_folder, self.stages = run_folder, stages
+        self.run_folder = run_folder
+        self.stages = [replace(s, folder=run_folder / s.folder) for s in stages]
         self.forced = names_of(force, stages)
         self.keys: dict[str, str] = {}
         self.digests: dict[str, str | None] = {}
         self.gates: dict[str, str] = {}
         self.skipped: list[str] = []  # done before, not yet told
         self.machine = fingerprint()
-        names, folders = [s.name for s in stages], [s.folder for s in stages]
+        names, folders = [s.name for s in stages], [s.folder for s in self.stages]
         assert len(set(names)) == len(names), "two stages share a name"
         assert len(set(folders)) == len(folders), "two stages share a folder"
         assert all(n in names[:i] for i, s in enumerate(stages) for n in s.inputs), "a stage stands before one of its inputs"

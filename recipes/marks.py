@@ -32,7 +32,7 @@ class Stage:
 
     Attributes:
         name: unique, e.g. `students/small`; what stands before a slash is its group, which `--until` and `force` accept too.
-        folder: where it writes, inside the run folder; no two stages share one, though one may lie inside another's.
+        folder: where it writes, relative to the run folder; no two stages share one, though one may lie inside another's.
         config: the settings that can change its results, as JSON. Workers, logging and the like do not belong here.
         work: `work(folder, progress)` writes the results into `folder`, numbers to `folder/rows.jsonl`. After an interruption
             it is called again on the same folder and continues from what it finds there.
@@ -41,6 +41,7 @@ class Stage:
         schema: raise it when the code changes what it writes: older results then count as stale.
         optional: if `work` raises EnvironmentFailed, the run goes on and `rows_if_skipped(reason)` become its rows. It is
             tried again once other packages or GPUs are there.
+        together: in a run of several processes all of them do it; other stages are the first one's.
         needs_gates: not run while a gate of an earlier stage fails (GateFailed): for what ships.
     """
 
@@ -53,6 +54,7 @@ class Stage:
     schema: int = 1
     optional: bool = False
     rows_if_skipped: Callable[[str], list[Row]] = no_rows
+    together: bool = False
     needs_gates: bool = False
 
     def identity(self, keys: dict[str, str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from distill.errors import DecantError, EnvironmentFailed, GateFailed, UserError
 from distill.files import read_json, write_json, write_text
 from distill.progress import Progress, duration
 from distill.rows import write_rows
-from recipes import marks
+from recipes import marks, ranks
 from recipes.decide import Book, Decision, decide, names_of
 from recipes.lock import locked
 from recipes.marks import DONE, SKIPPED, STARTED, Stage
@@ -68,16 +68,19 @@ def execute(
         EnvironmentFailed: a package, memory or disk space is missing. What is done stays done.
         Interrupted: Ctrl-C or SIGTERM.
     """
+    if ranks.following():
+        ranks.follow(run_folder, stages)
+        return
     last = names_of([until], stages) if until else {s.name for s in stages}
     cut = max(i for i, s in enumerate(stages) if s.name in last) + 1
     book = Book(run_folder, stages, force)
     _refuse_foreign(run_folder)
-    with _sentences(run_folder), locked(run_folder):
+    with _sentences(run_folder), ranks.leading() as crew, locked(run_folder):
         _claim(run_folder, recipe, text)
-        for number, stage in enumerate(stages[:cut], 1):
-            _bring_up_to_date(book, stage, f"[{number}/{len(stages)}] {stage.name}", progress)
+        for number, stage in enumerate(book.stages[:cut], 1):
+            _bring_up_to_date(book, stage, f"[{number}/{len(stages)}] {stage.name}", progress, crew)
         _say_skipped(book, progress)
-        for stage in stages[cut:]:  # their rows stand, as far as nothing before them changed
+        for stage in book.stages[cut:]:  # their rows stand, as far as nothing before them changed
             decision = book.decide(stage)
             book.note(decision, decision.done if decision.action == "skip" else None)
         book.write_rows()
@@ -101,7 +104,7 @@ def run_info(run_folder: Path) -> dict[str, Any]:
     return info
 
 
-def _bring_up_to_date(book: Book, stage: Stage, label: str, progress: Progress) -> None:
+def _bring_up_to_date(book: Book, stage: Stage, label: str, progress: Progress, crew: ranks.Crew) -> None:
     decision = book.decide(stage)
     if decision.action == "restore":
         progress.say(f"{label}: {decision.why} and comes back")
@@ -128,7 +131,7 @@ def _bring_up_to_date(book: Book, stage: Stage, label: str, progress: Progress) 
         return
     progress.say(f"{label}: {'continues' if decision.action == 'continue' else 'starts'} ({decision.why})")
     book.write_rows()  # a stage may read the rows of those before it
-    done = _work(book, decision, progress)
+    done = _work(book, decision, progress, crew)
     book.note(decision, done)
     if reason := done.get("skipped"):
         progress.say(f"{label}: not measured: {reason}", warning=True)
@@ -138,7 +141,7 @@ def _bring_up_to_date(book: Book, stage: Stage, label: str, progress: Progress) 
         progress.say(f"{label}: done in {duration(done['seconds'])}")
 
 
-def _work(book: Book, decision: Decision, progress: Progress) -> dict[str, Any]:
+def _work(book: Book, decision: Decision, progress: Progress, crew: ranks.Crew) -> dict[str, Any]:
     """Run the stage and mark it done; returns the mark."""
     stage, run_folder = decision.stage, book.run_folder
     begun = time.monotonic()
@@ -153,7 +156,8 @@ def _work(book: Book, decision: Decision, progress: Progress) -> dict[str, Any]:
     _log(run_folder, "started", stage.name, why=decision.why)
     ending: dict[str, Any] = {}
     try:
-        stage.work(stage.folder, progress)
+        with crew.joining(stage):
+            stage.work(stage.folder, progress)
     except GateFailed as e:
         ending = {"gate": str(e)}
     except EnvironmentFailed as e:

@@ -1,0 +1,283 @@
+"""The `decant` command. Each command imports what it needs when it runs: `decant --help` answers at once."""
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distill.errors import DecantError, UserError
+
+if TYPE_CHECKING:
+    from distill.progress import Progress
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one, such as quickstart.")
+]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="a.b=v", help="Override a setting; may be repeated. The value is YAML.")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder. By default runs/<the recipe's name>.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Plain lines instead of progress bars.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, such as runs/quickstart/bundles/small.tar.gz.")]
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        app()
+    except BrokenPipeError:  # the reader of a pipe had enough, as in `decant schema | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"decant {installed('decant-vision')}")
+        raise typer.Exit
+
+
+@app.callback()
+def decant(
+    version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Pour a large vision model into small ones that ship.
+
+    Begin with `decant run quickstart`: it needs no data, no network and no GPU.
+
+    Exit codes: 0 done, 1 a gate failed, 2 bad usage or recipe, 3 the machine lacks something, 130 interrupted.
+    """
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    settings: Settings = [],  # noqa: B006  typer copies it
+    until: Annotated[
+        str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage or group of stages.")
+    ] = None,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Do everything that the recipe asks for. Again: continues, and skips what is done."""
+    with sentences() as crash:
+        from recipes.loading import load_recipe
+        from recipes.run import execute
+        from recipes.schema import Recipe
+        from recipes.stages import plan
+
+        loaded, text = load_recipe(recipe, settings, Recipe)
+        folder = crash.folder = out or Path("runs") / loaded.name
+        try:
+            execute(folder, plan(loaded, folder), progress(quiet), recipe=loaded.name, text=text, until=until)
+        finally:
+            results(folder, until)
+
+
+@app.command()
+def check(recipe: RecipeName, settings: Settings = [], out: Out = None) -> None:  # noqa: B006
+    """Validate a recipe and print its plan: models, sizes, cost, and which stages would run. Does nothing."""
+    with sentences():
+        from rich.console import Console
+
+        from recipes.loading import load_recipe
+        from recipes.schema import Recipe
+        from recipes.stages import describe
+
+        loaded, _ = load_recipe(recipe, settings, Recipe)
+        Console().print(describe(loaded, out or Path("runs") / loaded.name))
+
+
+@app.command("eval")
+def evaluate(folder: RunFolder, quiet: Quiet = False) -> None:
+    """Evaluate a finished run again, and renew what depends on it."""
+    again(("parity", "evaluate"), folder, quiet)
+
+
+@app.command()
+def export(folder: RunFolder, quiet: Quiet = False) -> None:
+    """Export, quantize and compile a finished run's students again, and renew what depends on it."""
+    again(("export",), folder, quiet)
+
+
+@app.command()
+def bench(folder: RunFolder, quiet: Quiet = False) -> None:
+    """Measure a finished run's artifacts again, and renew what depends on it."""
+    again(("benchmark",), folder, quiet)
+
+
+@app.command()
+def report(folder: RunFolder, quiet: Quiet = False) -> None:
+    """Write a finished run's report again."""
+    again(("report",), folder, quiet)
+
+
+@app.command()
+def bundle(folder: RunFolder, quiet: Quiet = False) -> None:
+    """Pack a finished run's bundles again."""
+    again(("bundle",), folder, quiet)
+
+
+@app.command()
+def verify(bundle: Bundle) -> None:
+    """Check a bundle's archive, manifest and hashes without running or unpacking anything."""
+    with sentences():
+        from export.verify import verify as check_bundle
+
+        typer.echo(check_bundle(bundle).summary())
+
+
+@app.command()
+def selftest(bundle: Bundle) -> None:
+    """Verify a bundle, then run its models on its golden images and compare."""
+    with sentences():
+        from distill.progress import Progress
+        from export.selftest import selftest as test_bundle
+
+        test_bundle(bundle, Progress("plain", stream=sys.stdout))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, and what each missing thing would give."""
+    with sentences():
+        from rich.console import Console
+
+        from recipes.doctor import examine, table
+
+        findings = examine(Path())
+        Console().print(table(findings))
+        if any(f.needed and not f.works for f in findings):
+            raise typer.Exit(3)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors that complete and check YAML."""
+    with sentences():
+        import json
+
+        from recipes.schema import Recipe
+
+        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def again(groups: tuple[str, ...], folder: Path, quiet: bool) -> None:
+    """Do groups of stages again on a finished run, with the settings that the run keeps in its recipe.yaml."""
+    with sentences() as crash:
+        from recipes.decide import decide
+        from recipes.loading import load_recipe
+        from recipes.run import execute, run_info
+        from recipes.schema import Recipe
+        from recipes.stages import plan
+
+        info = run_info(folder)
+        crash.folder = folder
+        if not (folder / "recipe.yaml").exists():
+            raise UserError(f"{folder} has no recipe.yaml. `decant run {info['recipe']} --out {folder}` writes it again.")
+        loaded, text = load_recipe(str(folder / "recipe.yaml"), [], Recipe)
+        stages = plan(loaded, folder)
+        names = [s.name for s in stages if s.name.split("/")[0] in groups]
+        for decision in decide(folder, stages):
+            if decision.stage.name in names:
+                break
+            if decision.action != "skip":
+                first = f"its stage {decision.stage.name} is not done ({decision.why})"
+                raise UserError(f"{folder} is not finished: {first}. `decant run {folder}/recipe.yaml --out {folder}` does it.")
+        try:
+            execute(folder, stages, progress(quiet), recipe=info["recipe"], text=text, force=names)
+        finally:
+            results(folder)
+
+
+def progress(quiet: bool) -> "Progress":
+    from distill.progress import Progress
+
+    return Progress("plain" if quiet else "auto")
+
+
+def results(folder: Path, until: str | None = None) -> None:
+    """What a run ends with: the table, the report's path, the next command. Nothing while there is no report of its rows."""
+    page = folder / "report" / "index.html"
+    if os.environ.get("RANK", "0") != "0" or sys.exc_info()[0] not in (None, *gates()):
+        return
+    if until is not None:
+        typer.echo(f"Stopped after {until}, as asked. The same command without --until continues.")
+        return
+    from rich.console import Console
+
+    from distill.rows import read_rows
+    from export.report import console_table
+
+    Console().print(console_table(read_rows(folder / "rows.jsonl")))
+    if page.exists():
+        typer.echo(f"Report: {page}")
+    bundles = sorted((folder / "bundles").rglob("*.tar.gz"))
+    typer.echo(f"Next:   decant {f'selftest {bundles[0]}' if bundles else f'report {folder}'}")
+
+
+def gates() -> tuple[type[BaseException], ...]:
+    from distill.errors import GateFailed
+
+    return (GateFailed,)
+
+
+class Crash:
+    """Where a traceback goes: the run folder, once one is known."""
+
+    folder: Path | None = None
+
+    def write(self, text: str) -> Path:
+        if self.folder is not None and (self.folder / "run.json").exists():
+            path = self.folder / "crash.txt"
+        else:
+            path = Path(tempfile.mkdtemp(prefix="decant-")) / "crash.txt"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+
+@contextmanager
+def sentences() -> Iterator[Crash]:
+    """Errors become one sentence on stderr and an exit code; DECANT_DEBUG=1 shows the traceback as well."""
+    crash = Crash()
+    try:
+        yield crash
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except DecantError as e:
+        _tell(e, str(e), e.exit_code)
+    except KeyboardInterrupt as e:
+        _tell(e, "Stopped.", 130)
+    except Exception as e:
+        _tell(e, _bug(e, crash), 1)
+
+
+def _bug(error: Exception, crash: Crash) -> str:
+    said = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    try:
+        path: Any = crash.write("".join(traceback.format_exception(error)))
+    except OSError as e:
+        path = f"lost ({e})"
+    return f"Decant failed, which is a defect of decant ({what}). The traceback is in {path}: please report it with that file."
+
+
+def _tell(error: BaseException, sentence: str, code: int) -> None:
+    if os.environ.get("DECANT_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    typer.echo(sentence, err=True)
+    raise typer.Exit(code) from error
+
+
+if __name__ == "__main__":  # accelerate launch -m recipes.cli run ...
+    main()
