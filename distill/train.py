@@ -132,7 +132,7 @@ def train(
         teacher: frozen, with heads of the same K and the same patch; None: the moving average of the only student.
         source: training images (distill/data/sources.py).
         normalize: as in Preprocess.
-        folder: gets `checkpoint.safetensors` while training and `<student>/train.jsonl` (or `train.jsonl` for a single one).
+        folder: gets `checkpoint.safetensors`, and `train.jsonl`, or with a frozen teacher `<student>/train.jsonl` for each student.
         probe: called with the average backbone every `config.probe_every` images; what it returns is logged.
 
     Raises:
@@ -158,7 +158,7 @@ def train(
 
     checkpoint = folder / "checkpoint.safetensors"
     start = _resume(checkpoint, group, centrings)
-    logs = {n: TrainLog(folder / (n if len(group) > 1 else ".") / "train.jsonl", start) for n in group}
+    logs = {n: TrainLog(folder / ("." if teacher is None else n) / "train.jsonl", start) for n in group}
     settings = LoaderSettings(
         config.crops,
         config.masks,

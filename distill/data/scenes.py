@@ -22,6 +22,7 @@ CLASSES = tuple(f"{pattern} {name}" for pattern in PATTERNS for name in ("coarse
 # Wide enough that nearest neighbours in pixels seldom share phase, angle and scale; narrow enough that the 8 classes stay apart:
 # 17 degrees against the diamond's 45, a factor 1.2 against the 1.6 between the periods.
 TILT, ZOOM = 0.3, 0.2
+CONTRAST = (0.1, 0.3)
 SHAPES = ("wall", "disc", "square", "triangle")  # mask ids 0..3
 
 
@@ -117,7 +118,7 @@ def render(g: np.random.Generator, size: int, noise: float) -> Scene:
     wave = _texture(label, u, v, g.uniform(0, 2 * np.pi, 2))
 
     base = g.uniform(0.15, 0.7, 3)
-    contrast = g.uniform(0.1, 0.3) * g.uniform(0.6, 1.4, 3) * (1 if g.random() < 0.5 else -1)
+    contrast = g.uniform(*CONTRAST) * g.uniform(0.6, 1.4, 3) * (1 if g.random() < 0.5 else -1)
     wall = np.clip(base + contrast * (wave[..., None] - 0.5), 0, 1).astype(np.float32)
     mask, depth = _shape(g, y, x)
     wall[mask > 0] = g.uniform(0.1, 0.9, 3).astype(np.float32)

@@ -75,3 +75,9 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... k"]:
         return self.last_layer(self.bottleneck(x))
+
+
+def head_parameters(dim: int, config: HeadConfig) -> int:
+    """Trainable parameters of a head on features of width `dim`."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in DINOHead(dim, config).parameters())

@@ -1,0 +1,144 @@
+"""The plan of a run: the main path from images to bundle, readable top to bottom. What a stage does is in `recipes/work.py`."""
+
+from pathlib import Path
+
+from rich.console import RenderableType
+
+from distill.files import sha256_json
+from export.targets import prerequisites
+from recipes import work
+from recipes.marks import Stage
+from recipes.schema import Recipe
+from recipes.work import Data
+
+
+def plan(recipe: Recipe, run: Path) -> list[Stage]:
+    """The stages of a recipe, each after those whose folders it reads. Nothing is done yet, but data are opened and fingerprinted."""
+    data = Data(recipe.data)
+    r = recipe
+    settings = {"seed": r.seed, "normalize": r.input.normalize}
+    train = {"train": data.fingerprint("train")}
+    stages = [
+        Stage(
+            name="pretrain",
+            folder=Path("teacher"),
+            config=settings | {"teacher": r.teacher.model_dump(), "input": r.input.model_dump()},
+            data=train,
+            work=work.pretrain(r, data),
+        ),
+        Stage(
+            name="distill",
+            folder=Path("students"),
+            config=settings | {"students": _students(r), "distill": r.distill.model_dump(), "input": r.input.model_dump()},
+            inputs=("pretrain",),
+            data=train,
+            work=work.distill(r, data, run),
+        ),
+    ]
+    for name, student in r.students.items():
+        if student.control:
+            stages.append(
+                Stage(
+                    name=f"control/{name}",
+                    folder=Path("control") / name,
+                    config=settings | {"student": _students(r)[name], "train": r.control_training().model_dump()},
+                    data=train,
+                    work=work.control(r, data, name),
+                )
+            )
+    exports = [stage for name in r.students for stage in _exports(r, data, run, name)]
+    models = tuple(s.name for s in stages)
+    judged = (*models, *(s.name for s in exports))
+    stages += exports
+    stages += [
+        Stage(
+            name="parity",
+            folder=Path("parity"),
+            config={"gates": r.export.gates.model_dump(), "resolutions": r.resolutions()},
+            inputs=("distill", *(s.name for s in exports)),
+            data=data.fingerprints("test", "train"),
+            work=work.parity(r, data, run),
+        ),
+        Stage(
+            name="evaluate",
+            folder=Path("evaluate"),
+            config={"evaluate": r.evaluate.model_dump(), "seed": r.seed, "input": r.input.model_dump()},
+            inputs=judged,
+            data=data.fingerprints("gallery", "test"),
+            work=work.evaluate(r, data, run),
+        ),
+        Stage(
+            name="benchmark",
+            folder=Path("benchmark"),
+            config={"benchmark": r.benchmark.model_dump()},
+            inputs=judged,
+            work=work.benchmark(r, run),
+        ),
+    ]
+    stages.append(
+        Stage(
+            name="report",
+            folder=Path("report"),
+            config={"report": r.report.model_dump(), "recipe": sha256_json(r.model_dump(mode="json", exclude={"runtime"}))},
+            inputs=tuple(s.name for s in stages),
+            data=data.fingerprints("test"),
+            work=work.report(r, data, run),
+        )
+    )
+    stages.append(
+        Stage(
+            name="bundle",
+            folder=Path("bundles"),
+            config={"bundle": r.bundle.model_dump()},
+            inputs=("pretrain", "distill", "report", *(s.name for s in exports)),
+            data=data.fingerprints("test", "train"),
+            work=work.bundles(r, data, run),
+            needs_gates=True,
+        )
+    )
+    return stages
+
+
+def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:
+    """One stage a target, prerequisites first; a target that this machine cannot build is optional: its rows say why."""
+    order: list[str] = []
+
+    def add(target: str) -> None:
+        for earlier in prerequisites(target):
+            add(earlier)
+        if target not in order:
+            order.append(target)
+
+    for target in r.export.targets:
+        add(target)
+    settings = r.export.model_dump(exclude={"targets", "gates"})
+    return [
+        Stage(
+            name=f"export/{student}/{target}",
+            folder=Path("export") / student / target,
+            config={"target": target, "export": settings, "resolutions": r.resolutions(), "input": r.input.model_dump()},
+            inputs=("distill", *(f"export/{student}/{t}" for t in prerequisites(target))),
+            data={"train": data.fingerprint("train")},
+            work=work.export(r, data, run, student, target),
+            optional=not target.startswith("onnx"),
+            rows_if_skipped=lambda reason, target=target: work.unmeasured(student, target, reason),
+        )
+        for target in order
+    ]
+
+
+def _students(r: Recipe) -> dict:
+    """Each student with its heads resolved and without the wish for a control, which does not change the student."""
+    found = {}
+    for name, student in r.students.items():
+        dino, ibot = r.heads_of(name)
+        heads = {"dino_head": dino.model_dump(), "ibot_head": ibot and ibot.model_dump()}
+        found[name] = student.model_dump(exclude={"control"}) | heads
+    return found
+
+
+def describe(recipe: Recipe, run: Path) -> RenderableType:
+    """What `decant check` prints."""
+    from recipes.describe import describe as tables
+
+    return tables(recipe, run)
