@@ -78,6 +78,8 @@ def train_heads(features: list[Tensor], labels: Tensor, classes: int, settings: 
     batch = min(settings.batch, n)
     peak = torch.tensor([scaled_lr(lr, batch) for lr in settings.lrs]).repeat_interleave(classes)
     peaks = [peak / x.shape[1] if settings.standardize else peak for x in inputs]
+    # The bias is one more input, of squared size 1: its rate is not divided by D, but bounded where it would diverge by itself.
+    bias_peak = peak.clamp(max=1.0) if settings.standardize else peak
     weights = [x.new_zeros(x.shape[1], n_lrs * classes) for x in inputs]
     biases = [x.new_zeros(n_lrs * classes) for x in inputs]
     moments = [[torch.zeros_like(p) for p in group] for group in (weights, biases)]
@@ -93,7 +95,7 @@ def train_heads(features: list[Tensor], labels: Tensor, classes: int, settings: 
                 moments[0][i].mul_(0.9).addmm_(x_BD.T, error)
                 moments[1][i].mul_(0.9).add_(error.sum(0))
                 weights[i].sub_(moments[0][i] * (peaks[i] * factor))
-                biases[i].sub_(moments[1][i] * (peaks[i] * factor))
+                biases[i].sub_(moments[1][i] * (bias_peak * factor))
     shape = (n_lrs, classes)
     return [Heads(w.unflatten(1, shape), b.view(shape), *s) for w, b, s in zip(weights, biases, scalings, strict=True)]
 
