@@ -90,9 +90,9 @@ def check(recipe: RecipeName, settings: Settings = [], out: Out = None) -> None:
     with sentences():
         from rich.console import Console
 
+        from recipes.describe import describe
         from recipes.loading import load_recipe
         from recipes.schema import Recipe
-        from recipes.stages import describe
 
         loaded, _ = load_recipe(recipe, settings, Recipe)
         Console().print(describe(loaded, out or Path("runs") / loaded.name))

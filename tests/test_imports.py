@@ -37,6 +37,11 @@ def imports(name: str, text: str, known: Sources) -> Iterator[str]:
                 yield inner if inner in known else node.module
 
 
+class WithoutTyping(ast.NodeTransformer):
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
 def wrong_directions(sources: Sources) -> list[str]:
     found = []
     for name, text in sources.items():
@@ -48,8 +53,9 @@ def wrong_directions(sources: Sources) -> list[str]:
 
 
 def cycles(sources: Sources) -> list[list[str]]:
-    """Cycles of imports between files, each once, from whichever file is met first."""
-    graph = {n: sorted({o for o in imports(n, t, sources) if o in sources and o != n}) for n, t in sources.items()}
+    """Cycles of imports between files, each once. What only type checkers see is left out."""
+    running = {n: ast.unparse(WithoutTyping().visit(ast.parse(t))) for n, t in sources.items()}
+    graph = {n: sorted({o for o in imports(n, t, sources) if o in sources and o != n}) for n, t in running.items()}
     found: list[list[str]] = []
     done: set[str] = set()
 
@@ -99,7 +105,7 @@ def config_fields(sources: Sources) -> dict[str, list[str]]:
 def reads(sources: Sources) -> set[str]:
     """Names read as attributes, `x.name`. What only `problems()` reads is checked but has no effect, so it does not count.
 
-    pydantic itself reads what `discriminator=` names.
+    pydantic itself reads what `discriminator=` and `include=` name.
     """
     found: set[str] = set()
 
@@ -110,6 +116,8 @@ def reads(sources: Sources) -> set[str]:
             found.add(node.attr)
         if isinstance(node, ast.keyword) and node.arg == "discriminator" and isinstance(node.value, ast.Constant):
             found.add(node.value.value)
+        if isinstance(node, ast.keyword) and node.arg == "include" and isinstance(node.value, ast.Set):
+            found.update(e.value for e in node.value.elts if isinstance(e, ast.Constant))
         for child in ast.iter_child_nodes(node):
             visit(child)
 
