@@ -42,8 +42,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            os.ftruncate(fd, 0)
             _held.discard(path)
+            os.ftruncate(fd, 0)
     finally:
         os.close(fd)
 

@@ -1,8 +1,11 @@
 """The run folder: what is skipped, what runs again and why, what survives a kill."""
 
+import contextlib
 import errno
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +60,17 @@ class Kitchen:
         progress.say = lambda text, warning=False: self.said.append(text)  # type: ignore[method-assign]
         execute(self.run, self.stages(**more or {}), progress, recipe=recipe, text="a: 1\n", **given)
         return list(self.calls)
+
+
+@pytest.fixture(autouse=True)
+def described_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine does not change between tests, and describing it starts other programs."""
+    monkeypatch.setattr("recipes.decide.fingerprint", machine)
+
+
+@functools.cache
+def machine() -> dict:
+    return fingerprint()
 
 
 @pytest.fixture
@@ -227,8 +241,7 @@ def test_an_optional_stage_without_its_package_becomes_not_measured(kitchen: Kit
     row = read_rows(kitchen.run / "rows.jsonl")[1]
     assert (row.status, row.reason) == ("not measured", "tensorrt is not installed.")
     assert kitchen.cook(more) == []
-    machine = fingerprint()
-    monkeypatch.setattr("recipes.decide.fingerprint", lambda: machine | {"packages": {"tensorrt": "11"}})
+    monkeypatch.setattr("recipes.decide.fingerprint", lambda: machine() | {"packages": {"tensorrt": "11"}})
     kitchen.fail = {}
     assert kitchen.cook(more) == ["students/small", "report"]
     assert not (kitchen.run / "students/small/skipped.json").exists()
@@ -290,6 +303,62 @@ def test_a_cut_off_log_line_does_not_spoil_the_next(kitchen: Kitchen):
     kitchen.cook()
     lines = (kitchen.run / "log.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["event"] == "skipped"
+
+
+class Killed(BaseException):
+    """Nothing of decant catches it."""
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_kill_at_any_file_operation_leaves_a_folder_that_comes_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+):
+    """Every rename and removal in turn is the last thing that happens; the next command ends as if nothing had been."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # the power does not fail here
+    for last in range(1, 200):
+        kitchen = Kitchen(tmp_path / str(last))
+        if kept:  # the settings that come below have been used before: their results are kept and come back
+            kitchen.settings["teacher"] = {"train": {"steps": 4}}
+            kitchen.cook()
+            kitchen.settings["teacher"] = {"train": {"steps": 3}}
+        kitchen.cook()
+        kitchen.settings["teacher"] = {"train": {"steps": 4}}
+        ended = dies_after(last, kitchen, monkeypatch)
+        for steps in (4, 3):
+            kitchen.settings["teacher"] = {"train": {"steps": steps}}
+            kitchen.cook()
+            assert kitchen.cook() == []
+            text = (kitchen.run / "report/out.txt").read_text()
+            assert f"'steps': {steps}" in text.replace("\\", "")
+            assert f"'steps': {steps}" in (kitchen.run / "teacher/out.txt").read_text()
+            assert [r.subject for r in read_rows(kitchen.run / "rows.jsonl")] == ALL
+        assert not list(kitchen.run.rglob(".part-*"))
+        if ended:
+            assert last > 10
+            return
+    pytest.fail("the run never ended")
+
+
+def dies_after(last: int, kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Cook with so many file operations before nothing works any more; whether they sufficed."""
+    count = 0
+
+    def counted(real):
+        def operation(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count > last:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return operation
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((os, "replace"), (os, "unlink"), (shutil, "rmtree"), (os, "rmdir")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        with contextlib.suppress(Killed):
+            kitchen.cook()
+    return count <= last
 
 
 # What follows is killed for real. The stage `slow` counts to STEPS in a file, a step a call of the file's owner.
