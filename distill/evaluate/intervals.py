@@ -4,9 +4,9 @@ Inputs are counts or booleans per image, results percent (accuracies) or percent
 """
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
-from scipy.stats import binom, norm
 
 LEVEL = 0.95
 
@@ -15,7 +15,7 @@ def wilson(successes: np.ndarray | int, n: np.ndarray | int, level: float = LEVE
     """Wilson's score interval (1927) of a binomial share, in percent; broadcasts. (0, 100) for n = 0: nothing is known."""
     k, total = np.asarray(successes, np.float64), np.asarray(n, np.float64)
     assert np.all((k >= 0) & (k <= total))
-    z2 = float(norm.ppf(0.5 + level / 2)) ** 2
+    z2 = NormalDist().inv_cdf(0.5 + level / 2) ** 2
     safe = np.maximum(total, 1)
     share = k / safe
     centre = share + z2 / (2 * safe)
@@ -51,11 +51,13 @@ def paired(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> Paired:
     Images on which both agree carry no information about the sign but all about the size: pairing makes the interval as narrow
     as the disagreement is rare, and (unlike a bootstrap) it does not shrink to zero width where no image differs.
     """
+    from scipy.special import bdtr  # here: `decant check` reads these modules and should not wait for scipy
+
     assert a.shape == b.shape == (len(a),)
     assert len(a) > 0
     gained, lost, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
     low, high = tango(gained, lost, n, level)
-    p = min(1.0, 2 * float(binom.cdf(min(gained, lost), gained + lost, 0.5)))
+    p = min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
     return Paired(100 * (gained - lost) / n, float(low), float(high), n, gained, lost, p)
 
 
@@ -70,7 +72,7 @@ def tango(
     bisection finds both limits.
     """
     b, c, total = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (gained, lost, n)))
-    z = float(norm.ppf(0.5 + level / 2))
+    z = NormalDist().inv_cdf(0.5 + level / 2)
 
     def statistic(d: np.ndarray) -> np.ndarray:
         linear = -b - c + (2 * total - b + c) * d

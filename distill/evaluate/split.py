@@ -16,27 +16,20 @@ class Split:
 
     Attributes:
         left_out: test images without a label, or of a class that the gallery lacks.
-        reason: why there is nothing to judge; the tensors are empty then.
     """
 
     gallery: Tensor
     gallery_labels: Tensor
     test: Tensor
     test_labels: Tensor
-    left_out: int = 0
-    reason: str = ""
-
-    @staticmethod
-    def nothing(reason: str) -> "Split":
-        none = torch.zeros(0, dtype=torch.int64)
-        return Split(none, none, none, none, reason=reason)
+    left_out: int
 
     def classes(self) -> int:
         return len(self.gallery_labels.unique())
 
 
-def align(gallery: Source, test: Source, shots: int = 0, seed: int = 0) -> Split:
-    """Pair two sets, by class name where both have names, else by number.
+def align(gallery: Source, test: Source, shots: int = 0, seed: int = 0) -> Split | str:
+    """Pair two sets, by class name where both have names, else by number; or the sentence why nothing can be judged.
 
     Args:
         shots: gallery images a class; 0 takes them all.
@@ -45,15 +38,11 @@ def align(gallery: Source, test: Source, shots: int = 0, seed: int = 0) -> Split
     numbers = gallery.labels(), test.labels()
     for role, source, labels in (("gallery", gallery, numbers[0]), ("test set", test, numbers[1])):
         if len(source) == 0:
-            return Split.nothing(f"The {role} {source.name} holds no image.")
+            return f"The {role} {source.name} holds no image."
         if labels is None or not (labels >= 0).any():
-            return Split.nothing(
-                f"The {role} {source.name} has no labels, and accuracy needs a labelled gallery and a labelled test set."
-            )
+            return f"The {role} {source.name} has no labels, and accuracy needs a labelled gallery and a labelled test set."
     if gallery.fingerprint() == test.fingerprint():
-        return Split.nothing(
-            f"Gallery and test set are the same images ({test.name}), each would find itself: name another test set."
-        )
+        return f"Gallery and test set are the same images ({test.name}), each would find itself: name another test set."
     known, asked = (torch.from_numpy(np.array(labels, np.int64)) for labels in numbers)
     if gallery.classes and test.classes:
         by_name = {name: i for i, name in enumerate(gallery.classes)}
@@ -63,8 +52,8 @@ def align(gallery: Source, test: Source, shots: int = 0, seed: int = 0) -> Split
         chosen = chosen[few_per_class(known[chosen], shots, seed)]
     present = known[chosen].unique()
     if len(present) < 2:
-        return Split.nothing(f"The gallery {gallery.name} has images of one class only, and accuracy needs at least two.")
+        return f"The gallery {gallery.name} has images of one class only, and accuracy needs at least two."
     judged = torch.isin(asked, present).nonzero().flatten()
     if len(judged) == 0:
-        return Split.nothing(f"No image of the test set {test.name} has a class of the gallery {gallery.name}.")
+        return f"No image of the test set {test.name} has a class of the gallery {gallery.name}."
     return Split(chosen, known[chosen], judged, asked[judged], len(asked) - len(judged))

@@ -21,6 +21,8 @@ from distill.evaluate.split import Split, align
 from distill.progress import Progress
 from distill.rows import Row, not_measured
 
+NONE = torch.zeros(0, dtype=torch.int64)
+
 
 class EvaluateConfig(Config):
     """How frozen features are judged.
@@ -103,7 +105,7 @@ def evaluate(
     """Judge every subject by kNN and a linear probe.
 
     Features are stored in `folder/features`, so that a killed evaluation repeats no finished extraction; predictions per image
-    are written to `folder/predictions.safetensors`.
+    are written to `folder/predictions.safetensors`, where there are any.
 
     Args:
         unrunnable: exceptions of an encoder that cannot run here. Its rows are "not measured" with the exception's sentence; so
@@ -114,9 +116,11 @@ def evaluate(
     """
     gallery, test = checked(gallery, progress), checked(test, progress)
     split = align(gallery, test, config.shots, config.seed)
-    if split.reason:
-        progress.say(f"evaluate: {split.reason}", warning=True)
-    elif split.left_out:
+    if isinstance(split, str):
+        progress.say(f"evaluate: {split}", warning=True)
+        reports = [_Report(s, _conditions(config, s, gallery, test), NONE, Predictions(NONE, NONE)) for s in subjects]
+        return Evaluation([report.none(metric, split) for report in reports for metric in METRICS], Predictions(NONE, NONE))
+    if split.left_out:
         progress.say(f"evaluate: {split.left_out} of {len(test)} test images have no class of the gallery: left out.", True)
     judge = _Judge(config, split, Predictions(split.test, split.test_labels), folder, progress, (*unrunnable, TooLarge))
     found: dict[int, list[Row]] = {}
@@ -141,9 +145,8 @@ class _Judge:
     unrunnable: tuple[type[Exception], ...]
 
     def rows(self, subject: Subject, gallery: Images, test: Images) -> list[Row]:
-        report = _Report(subject, self._conditions(subject, gallery, test), self.split.test_labels, self.predictions)
-        if self.split.reason:
-            return [report.none(metric, self.split.reason) for metric in METRICS]
+        conditions = _conditions(self.config, subject, gallery.source, test.source, self.split)
+        report = _Report(subject, conditions, self.split.test_labels, self.predictions)
         try:
             encoder = subject.open()
             features = self._features(encoder, subject, gallery), self._features(encoder, subject, test)
@@ -174,23 +177,26 @@ class _Judge:
             save(store, what, features)
         return features
 
-    def _conditions(self, subject: Subject, gallery: Images, test: Images) -> dict[str, Any]:
-        """What every row says about data and resolution."""
-        conditions: dict[str, Any] = {
-            "data": test.name,
-            "data_fingerprint": test.fingerprint,
-            "gallery": gallery.name,
-            "gallery_fingerprint": gallery.fingerprint,
-            "resolution": subject.preprocess.size,
-            "normalize": subject.preprocess.normalize,
-            "batch": self.config.batch,
-        }
-        if not self.split.reason:
-            conditions |= {"gallery_size": len(self.split.gallery), "classes": self.split.classes(), "seed": self.config.seed}
-            conditions |= {"shots": self.config.shots} if self.config.shots else {}
-            conditions |= {"test_left_out": self.split.left_out} if self.split.left_out else {}
-            conditions |= {"few_samples": True} if len(self.split.test) < FEW else {}
-        return conditions
+
+def _conditions(
+    config: EvaluateConfig, subject: Subject, gallery: Source, test: Source, split: Split | None = None
+) -> dict[str, Any]:
+    """What every row says about data and resolution."""
+    conditions: dict[str, Any] = {
+        "data": test.name,
+        "data_fingerprint": test.fingerprint(),
+        "gallery": gallery.name,
+        "gallery_fingerprint": gallery.fingerprint(),
+        "resolution": subject.preprocess.size,
+        "normalize": subject.preprocess.normalize,
+        "batch": config.batch,
+    }
+    if split:
+        conditions |= {"gallery_size": len(split.gallery), "classes": split.classes(), "seed": config.seed}
+        conditions |= {"shots": config.shots} if config.shots else {}
+        conditions |= {"test_left_out": split.left_out} if split.left_out else {}
+        conditions |= {"few_samples": True} if len(split.test) < FEW else {}
+    return conditions
 
 
 @dataclass(frozen=True)
