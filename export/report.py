@@ -1,0 +1,335 @@
+"""The report: report.json (the truth), report.csv, report.md, and index.html, one file that needs no network.
+
+Everything is derived from rows and from the training logs of the run folder; nothing is read back from a page or a table.
+"""
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from distill.config import Config
+from distill.files import read_json, write_bytes, write_json, write_text
+from distill.rows import Row
+from export import plots, tables
+from export.fingerprint import fingerprint as fingerprint_now
+from export.pictures import captions
+from export.summary import summary
+from export.tables import Book, console_table, headline_table
+
+__all__ = ["ReportConfig", "console_table", "headline_table", "write_report"]
+
+SCHEMA = "decant-report-1"
+STAGES = ("pretrain", "distill", "control", "export", "parity", "evaluate", "benchmark")
+# Quantities of a training log that get a panel, in this order; other keys stay in report.json.
+CURVES = {
+    "loss": "Loss (sum of the terms)",
+    "dino": "DINO term",
+    "dino_global": "DINO term, global crops",
+    "dino_local": "DINO term, local crops",
+    "ibot": "iBOT term",
+    "koleo": "KoLeo term",
+    "teacher_entropy": "Entropy of the teacher's targets, nats",
+    "prototype_entropy": "Entropy of the mean target, nats",
+    "knn_top1": "kNN in training, %",
+    "lr": "Learning rate",
+}
+MOST_POINTS = 300  # of a curve on the page
+SHAPES = {"fp32": "circle", "fp16": "diamond", "bf16": "diamond", "int8": "square"}
+
+
+class ReportConfig(Config):
+    """How the report is presented; no number depends on it.
+
+    Attributes:
+        title: heading of the page; the recipe's name without one.
+        accuracy: which accuracy stands in the plot and in the table of artifacts.
+    """
+
+    title: str | None = None
+    accuracy: Literal["knn_top1", "linear_top1"] = "knn_top1"
+
+
+def write_report(
+    run_folder: Path,
+    out_folder: Path,
+    rows: Sequence[Row],
+    config: ReportConfig | None = None,
+    *,
+    strip: bytes | None = None,
+    fingerprint: dict[str, Any] | None = None,
+    commands: Sequence[str] | None = None,
+) -> Path:
+    """Write report.json, report.csv, report.md and index.html into `out_folder`; returns the page's path.
+
+    Args:
+        run_folder: its recipe.yaml, run.json, the models' train.jsonl and the stages' done.json are read, if they exist.
+        rows: all of the run.
+        strip: PNG of `pictures.pca_strip`.
+        fingerprint: of the machine that measured; without it RUN/benchmark/fingerprint.json, and without that this machine's.
+        commands: what reproduces the run; without them, the general ones.
+    """
+    config = config or ReportConfig()
+    report = collect(run_folder, rows, config, fingerprint, commands)
+    page = render(report, rows, config, strip)
+    write_json(out_folder / "report.json", report)
+    write_text(out_folder / "report.csv", csv_text(rows))
+    write_text(out_folder / "report.md", markdown(report, rows))
+    if strip:
+        write_bytes(out_folder / "pictures.png", strip)
+    write_text(out_folder / "index.html", page)
+    return out_folder / "index.html"
+
+
+def collect(
+    run_folder: Path,
+    rows: Sequence[Row],
+    config: ReportConfig,
+    fingerprint: dict[str, Any] | None,
+    commands: Sequence[str] | None,
+) -> dict[str, Any]:
+    """All that the report knows, JSON-ready: what report.json holds and what the page is made of."""
+    run = _json_or(run_folder / "run.json", {})
+    stored = _json_or(run_folder / "benchmark" / "fingerprint.json", None)
+    found = fingerprint or stored or fingerprint_now()
+    recipe = run_folder / "recipe.yaml"
+    curves = training_curves(run_folder)
+    return {
+        "schema": SCHEMA,
+        "title": config.title or run.get("recipe") or run_folder.name,
+        "run": {"name": run_folder.resolve().name, **run},
+        "summary": summary(rows, {name: log[-1].get("images") for name, log in curves.items()}),
+        "rows": [row.model_dump(exclude_none=True) for row in rows],
+        "fingerprint": found,
+        "fingerprint_of": "the machine that measured" if fingerprint or stored else "the machine that wrote this report",
+        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        "curves": curves,
+        "stages": stage_times(run_folder),
+        "commands": list(commands or reproduce(found.get("commit"), run_folder.resolve().name)),
+    }
+
+
+def reproduce(commit: str | None, name: str) -> list[str]:
+    """The commands that make the same run again."""
+    modified = bool(commit and commit.endswith("-modified"))
+    checkout = [f"git checkout {commit.removesuffix('-modified')}"] if commit else []
+    note = ["# the code differed from this commit: see the fingerprint"] if modified else []
+    return [
+        *note,
+        *checkout,
+        "python -m pip install .",
+        "decant check recipe.yaml",
+        f"decant run recipe.yaml --out runs/{name}-again",
+    ]
+
+
+def training_curves(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Subject -> the records of its train.jsonl; a line that a kill cut short, or that holds no number, is left out."""
+    found = {}
+    for group in ("teacher", "students", "control"):
+        for path in sorted((run_folder / group).rglob("train.jsonl")):
+            records = [r for line in path.read_text(encoding="utf-8").splitlines() if (r := _record(line))]
+            if records:
+                found[path.parent.relative_to(run_folder).as_posix()] = records
+    return found
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line, parse_constant=lambda name: None)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("images"), int | float) else None
+
+
+def stage_times(run_folder: Path) -> list[dict[str, Any]]:
+    """Stage, seconds and how it ended, of every finished stage, in the order of the main path."""
+    found = []
+    for path in sorted(run_folder.rglob("done.json")):
+        done = _json_or(path, {})
+        if "replaced" not in path.relative_to(run_folder).parts and "stage" in done and "seconds" in done:
+            kept = {k: done[k] for k in ("stage", "seconds", "attempts", "gate", "skipped") if k in done}
+            found.append(kept)
+    rank = {name: i for i, name in enumerate(STAGES)}
+    return sorted(found, key=lambda s: (rank.get(s["stage"].split("/")[0], len(rank)), s["stage"]))
+
+
+def _json_or(path: Path, default: Any) -> Any:
+    """A JSON file, or the default where it is absent or damaged: a report of a half-finished run is still a report."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return default
+
+
+def csv_text(rows: Iterable[Row]) -> str:
+    """A row a line; every condition that occurs is a column of its own."""
+    rows = list(rows)
+    names = sorted({name for row in rows for name in row.conditions})
+    first = ["subject", "target", "metric", "value", "low", "high", "n", "status", "reason"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(first + names)
+    for row in rows:
+        values = [getattr(row, name) for name in first] + [row.conditions.get(name) for name in names]
+        writer.writerow(["" if v is None else json.dumps(v) if isinstance(v, dict | list) else v for v in values])
+    return out.getvalue()
+
+
+def markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Summary, headline table, and what was not measured."""
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    lines = [f"# {report['title']}", "", " ".join(report["summary"]), ""]
+    lines += ["| | kNN % | linear % | n | latency ms | size MB |", "|---|---:|---:|---:|---:|---:|"]
+    for line in headline_table(rows):
+        accuracy = f"{tables.percent(line.knn)} | {tables.percent(line.linear)} | {tables.count(line.n)}"
+        lines.append(
+            f"| {cell(line.label)} | {accuracy} | {tables.significant(line.latency)} | {tables.significant(line.size)} |"
+        )
+    lines += ["", "In brackets: 95 % intervals. Latency is the median of one call at the smallest batch measured.", ""]
+    missing = tables.missing_table(rows)
+    lines += ["## Not measured", ""] + (["Everything that was asked for was measured."] if not missing else [])
+    for group in missing:
+        lines.append(f"- {group.reason}")
+        lines += [f"  - {what}: {metrics}" for what, metrics in group.items]
+    return "\n".join(lines) + "\n"
+
+
+def render(report: dict[str, Any], rows: Sequence[Row], config: ReportConfig, strip: bytes | None) -> str:
+    """The page as one HTML text."""
+    book = Book(rows)
+    series = series_of([subject for subject, _ in book.subjects()])
+    environment = Environment(
+        loader=PackageLoader("export", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": tables.percent,
+        "significant": tables.significant,
+        "points": tables.points,
+        "cosine": tables.cosine,
+        "count": tables.count,
+        "plain": tables.plain,
+        "digits": tables.digits,
+        "duration": duration,
+        "moment": lambda text: str(text).replace("T", " ").replace("+00:00", "Z").replace("Z", " UTC"),
+        "condition": lambda v: json.dumps(v) if isinstance(v, dict | list) else "" if v is None else str(v),
+    }
+    environment.tests["measured"] = tables.measured
+    headline = headline_table(rows)
+    machine: dict[str, Any] = {
+        "cpu": None,
+        "memory_gb": None,
+        "gpus": [],
+        "os": None,
+        "python": None,
+        "packages": {},
+        "commit": None,
+    }
+    return environment.get_template("report.html.j2").render(
+        report=report | {"fingerprint": machine | report["fingerprint"]},
+        book=book,
+        headline=headline,
+        bars=headline_bars(headline, series),
+        artifacts=tables.artifact_table(book, config.accuracy),
+        accuracy=tables.METRICS[config.accuracy],
+        charts=tradeoff_charts(book, config, series),
+        panels=curve_panels(report["curves"], series),
+        legend=[(tables.label_of(s, "torch-fp32"), series.get(s, 0)) for s in report["curves"]],
+        missing=tables.missing_table(rows),
+        strip_rows=captions(strip) if strip else [],
+        strip=base64.b64encode(strip).decode() if strip else None,
+        noise=next(iter(book.all("noise_floor_percent")), None),
+        preprocess=book.all("preprocess_p50_ms"),
+        busy=max((r.conditions.get("other_cores_busy") or 0.0 for r in rows), default=0.0),
+    )
+
+
+def series_of(subjects: Sequence[str]) -> dict[str, int]:
+    """Subject -> number of its colour: the teacher's is 0, its students' follow, yardsticks and controls come last."""
+    order = ("teacher", "students", "control", "random", "raw")
+    ranked = sorted(dict.fromkeys(subjects), key=lambda s: order.index(k) if (k := s.split("/")[0]) in order else len(order))
+    return {subject: min(i, plots.SERIES - 1) for i, subject in enumerate(ranked)}
+
+
+def headline_bars(headline: Sequence[tables.HeadlineRow], series: dict[str, int]) -> list[Markup | None]:
+    """A small bar a row: kNN accuracy and its interval on a scale that all rows share."""
+    found = [line.knn for line in headline if line.knn and line.knn.value is not None]
+    ends = [v for r in found for v in (r.value, r.low, r.high) if v is not None]
+    if not ends:
+        return [None] * len(headline)
+    span = plots.padded(ends)
+    return [
+        Markup(plots.interval_bar(line.knn.value, _interval(line.knn), span, series.get(line.subject, 0)))
+        if line.knn and line.knn.value is not None
+        else None
+        for line in headline
+    ]
+
+
+def tradeoff_charts(book: Book, config: ReportConfig, series: dict[str, int]) -> list[Markup]:
+    """The accuracy-latency chart, once for wide and once for narrow screens; nothing where no artifact has both numbers."""
+    found = []
+    for subject, target in book.subjects():
+        latency = book.latency(subject, target, "latency_p50_ms", largest=False)
+        accuracy = book.one(config.accuracy, subject, target)
+        if not (latency and accuracy and latency.value and accuracy.value is not None):
+            continue
+        label = tables.label_of(subject, target).replace("Distilled student ", "") + (
+            ", PyTorch" if target == "torch-fp32" else ""
+        )
+        tip = (
+            f"{label}: {tables.significant(latency, 'ms')} at batch {latency.conditions.get('batch', 1)}, "
+            f"{tables.METRICS[config.accuracy]} {tables.percent(accuracy)} %"
+        )
+        shape = SHAPES.get(target.rpartition("-")[2], "circle")
+        intervals = _interval(latency), _interval(accuracy)
+        found.append(plots.Point(latency.value, accuracy.value, label, tip, series.get(subject, 0), shape, *intervals))
+    if not found:
+        return []
+    name = tables.METRICS[config.accuracy]
+    title = f"Accuracy ({name}) against latency"
+    x, y = "median time of a call, ms (logarithmic)", f"{name} accuracy, %"
+    wide, narrow = (plots.scatter(found, title, x, y, *size) for size in ((912, 440, "wide"), (364, 400, "narrow")))
+    return [Markup(wide), Markup(narrow)]
+
+
+def curve_panels(curves: dict[str, list[dict[str, Any]]], series: dict[str, int]) -> list[tuple[str, Markup]]:
+    """(title, chart) for every quantity of CURVES that any model logged."""
+    panels = []
+    for key, title in CURVES.items():
+        drawn = []
+        for subject, records in curves.items():
+            good = [r for r in records if isinstance(r.get(key), int | float)]
+            good = good[:: max(1, len(good) // MOST_POINTS)] + good[-1:]
+            if good:
+                label = tables.label_of(subject, "torch-fp32")
+                drawn.append(plots.Line(label, [r["images"] for r in good], [r[key] for r in good], series.get(subject, 0)))
+        if drawn:
+            panels.append((title, Markup(plots.lines(drawn, title, "images seen"))))
+    return panels
+
+
+def _interval(row: Row) -> tuple[float, float] | None:
+    return None if row.low is None or row.high is None else (row.low, row.high)
+
+
+def duration(seconds: float) -> str:
+    """4.2 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {s:02} s"
