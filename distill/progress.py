@@ -87,8 +87,8 @@ class Progress:
     """How a program tells what it is doing. Thread safe; tasks may be nested and may overlap.
 
     Args:
-        mode: `auto` draws bars on a terminal, prints plain lines elsewhere, and is quiet in all processes of a distributed run but
-            the first; `plain` prints lines: at most one per task every 10 s, and a last one; `quiet` prints warnings only.
+        mode: `auto` draws bars on a terminal and prints plain lines elsewhere; of several processes all but the first are quiet;
+            `plain` prints lines: at most one per task every 10 s, and a last one; `quiet` prints warnings only.
         stream: where to write; stderr unless given.
         clock: seconds that only grow.
     """
