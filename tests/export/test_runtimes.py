@@ -1,0 +1,244 @@
+"""Artifacts on disk as Encoders: what they say about themselves, what they refuse."""
+
+import dataclasses
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import pictures
+
+from distill.data.preprocess import Preprocess
+from distill.encoder import Encoder, TorchEncoder
+from distill.errors import UserError
+from distill.files import read_json, sha256_file, write_json
+from export import runtimes
+from export.artifact import Artifact, ArtifactFile, TensorSpec, Unrunnable, read_artifact
+from export.runtimes import EngineEncoder, OnnxEncoder, open_artifact, why_unrunnable
+
+
+def artifact_of(path: Path, folder: Path, size: int, **changes: Any) -> Artifact:
+    """An artifact folder around one file, as an export target writes it."""
+    folder.mkdir(parents=True)
+    (folder / path.name).write_bytes(path.read_bytes())
+    entry = ArtifactFile(
+        path=path.name,
+        resolution=size,
+        sha256=sha256_file(path),
+        bytes=path.stat().st_size,
+        inputs=[TensorSpec(name="images", dtype="float32", shape=["batch", 3, size, size])],
+        outputs=[TensorSpec(name="cls", dtype="float32", shape=["batch", 192])],
+        preprocess=dataclasses.asdict(Preprocess(size, size)),
+    )
+    values: dict[str, Any] = {"student": "small", "target": "onnx-fp32", "precision": "fp32", "runtime": "onnxruntime"}
+    values |= {"files": [entry], "source": "torch-fp32", "dim": 192, "patch": 8, "opset": 20, "max_batch": 16}
+    values |= {"build_seconds": 1.0, "folder": folder}
+    return Artifact(**{**values, **changes}).write()
+
+
+@pytest.fixture
+def onnx_artifact(graphs, tmp_path) -> Artifact:
+    _, path, size = graphs["mlp-fp32"]
+    return artifact_of(path, tmp_path / "onnx-fp32", size)
+
+
+@pytest.fixture
+def engine_artifact(tmp_path) -> Artifact:
+    (tmp_path / "m.engine").write_bytes(b"plan")
+    engine = {"target": "rtx-fp16", "precision": "fp16", "runtime": "tensorrt_rtx", "compute_capabilities": ["8.6", "8.9"]}
+    return artifact_of(tmp_path / "m.engine", tmp_path / "rtx-fp16", 32, **engine)
+
+
+def test_round_trip(onnx_artifact):
+    again = read_artifact(onnx_artifact.folder)
+    assert again == onnx_artifact
+    assert again.size_mb() == pytest.approx(onnx_artifact.files[0].bytes / 1e6)
+    assert "folder" not in read_json(onnx_artifact.folder / "artifact.json"), "a path of the machine does not ship"
+
+
+@pytest.mark.parametrize("threads", [1, None])
+def test_onnx_is_an_encoder_like_the_torch_model(graphs, onnx_artifact, threads):
+    encoder = open_artifact(read_artifact(onnx_artifact.folder), threads=threads)
+    assert isinstance(encoder, OnnxEncoder)
+    assert isinstance(encoder, Encoder)
+    images = pictures(3, 32)
+    got, want = encoder(images), TorchEncoder(graphs["mlp-fp32"][0])(images)
+    assert torch.allclose(got.cls, want.cls, atol=1e-4)
+    assert torch.allclose(got.patches, want.patches, atol=1e-4)
+    assert got.patches.dtype == torch.float32
+    c = encoder.conditions
+    assert encoder.target == "onnx-fp32"
+    assert c["artifact_sha256"] == onnx_artifact.files[0].sha256
+    assert (c["precision"], c["resolution"]) == ("fp32", 32)
+    assert c["runtime"].startswith("onnxruntime ")
+    if not torch.cuda.is_available():
+        assert (c["device"], c["threads"]) == ("cpu", threads or runtimes.available_cores())
+    assert encoder.session.get_session_options().intra_op_num_threads == (threads or runtimes.available_cores())
+
+
+def test_images_of_another_size(onnx_artifact):
+    with pytest.raises(UserError, match=r"takes images \[batch, 3, 32, 32\] and got \[2, 3, 40, 40\]"):
+        open_artifact(onnx_artifact)(pictures(2, 40))
+    with pytest.raises(UserError, match=r"got \[0, 3, 32, 32\]"):
+        open_artifact(onnx_artifact)(pictures(0, 32))
+
+
+def test_a_resolution_that_was_not_exported(onnx_artifact):
+    with pytest.raises(UserError, match=r"holds no file for 64 px \(only 32\)"):
+        open_artifact(onnx_artifact, 64)
+
+
+def test_a_changed_file_is_not_loaded(onnx_artifact, monkeypatch):
+    path = onnx_artifact.path(onnx_artifact.files[0])
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(bytes(data))
+    monkeypatch.setattr(
+        runtimes.onnxruntime, "InferenceSession", lambda *a, **k: pytest.fail("loaded before its hash was checked")
+    )
+    with pytest.raises(UserError, match="was changed since it was exported"):
+        open_artifact(read_artifact(onnx_artifact.folder))
+
+
+def test_a_file_that_this_onnxruntime_cannot_load(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"\xff" * 64)
+    with pytest.raises(Unrunnable, match=r"onnxruntime .* cannot load m.onnx"):
+        open_artifact(artifact_of(tmp_path / "m.onnx", tmp_path / "a", 32))
+
+
+def test_engines_say_why_they_cannot_run(engine_artifact, monkeypatch):
+    monkeypatch.setattr(runtimes, "gpu_capability", lambda: None)
+    with pytest.raises(Unrunnable, match=r"^no CUDA GPU on this machine; the tensorrt_rtx engine is compiled for SM 8.6, 8.9$"):
+        open_artifact(engine_artifact)
+    monkeypatch.setattr(runtimes, "gpu_capability", lambda: "9.0")
+    with pytest.raises(Unrunnable, match=r"GPU is SM 9.0; the tensorrt_rtx engine is compiled for SM 8.6, 8.9"):
+        open_artifact(engine_artifact)
+    monkeypatch.setattr(runtimes, "gpu_capability", lambda: "8.9")
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    with pytest.raises(Unrunnable, match="tensorrt_rtx is not installed"):
+        open_artifact(engine_artifact)
+    assert why_unrunnable("onnxruntime", []) is None
+
+
+class FakeTrt(types.SimpleNamespace):
+    """A runtime that records what it is asked to do: what matters here happens before any GPU is touched."""
+
+    def __init__(self, valid: bool):
+        done: list[str] = []
+
+        class Runtime:
+            def __init__(self, log: object): ...
+
+            def get_engine_validity(self, data: bytes) -> tuple[int, int]:
+                done.append("validity")
+                return (0 if valid else 2), 2
+
+            def deserialize_cuda_engine(self, data: bytes) -> None:
+                done.append("deserialize")
+
+        members = {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2}
+        super().__init__(
+            Runtime=Runtime,
+            done=done,
+            __version__="1.7",
+            Logger=object,
+            ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0}),
+            EngineValidity=types.SimpleNamespace(INVALID=2),
+            EngineInvalidityDiagnostics=types.SimpleNamespace(__members__=members),
+        )
+
+
+def test_an_engine_is_hashed_before_it_is_deserialized(engine_artifact, monkeypatch):
+    trt = FakeTrt(valid=True)
+    monkeypatch.setattr(runtimes, "load_runtime", lambda name: trt)
+    engine_artifact.path(engine_artifact.files[0]).write_bytes(b"evil")
+    with pytest.raises(UserError, match="was changed since it was exported"):
+        EngineEncoder(engine_artifact, engine_artifact.files[0])
+    assert trt.done == []
+
+
+def test_an_engine_that_the_runtime_calls_invalid_is_not_deserialized(engine_artifact, monkeypatch):
+    trt = FakeTrt(valid=False)
+    monkeypatch.setattr(runtimes, "load_runtime", lambda name: trt)
+    with pytest.raises(Unrunnable, match=r"says that m\.engine cannot run here: unsupported cc"):
+        EngineEncoder(engine_artifact, engine_artifact.files[0])
+    assert trt.done == ["validity"]
+
+
+def test_an_engine_that_does_not_load(engine_artifact, monkeypatch):
+    trt = FakeTrt(valid=True)
+    monkeypatch.setattr(runtimes, "load_runtime", lambda name: trt)
+    with pytest.raises(Unrunnable, match=r"tensorrt_rtx 1.7 cannot load m.engine: it gave no reason"):
+        EngineEncoder(engine_artifact, engine_artifact.files[0])
+    assert trt.done == ["validity", "deserialize"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="executing an engine needs a CUDA GPU")
+def test_an_engine_on_this_gpu(graphs, tmp_path):
+    from export.engine import build_engine, gpu_capability
+
+    pytest.importorskip("tensorrt_rtx")
+    model, path, size = graphs["mlp-fp16"]
+    capability = gpu_capability()
+    assert capability is not None
+    info = build_engine(path, tmp_path / "m.engine", "tensorrt_rtx", "fp16", (1, 4, 16), [capability])
+    engine = {"target": "rtx-fp16", "precision": "fp16", "runtime": "tensorrt_rtx", "compute_capabilities": info.capabilities}
+    encoder = open_artifact(artifact_of(tmp_path / "m.engine", tmp_path / "rtx-fp16", size, **engine))
+    for batch in (1, 7, 16):
+        images = pictures(batch, size)
+        got, want = encoder(images), TorchEncoder(model, "cpu")(images)
+        assert torch.cosine_similarity(got.patches, want.patches, dim=-1).min() > 0.999
+    with pytest.raises(UserError, match="built for batches up to 16, got 17"):
+        encoder(pictures(17, size))
+
+
+class TestReadArtifact:
+    def test_an_interrupted_export(self, tmp_path):
+        (tmp_path / "model_32.onnx").write_bytes(b"x")
+        with pytest.raises(UserError, match="holds no artifact"):
+            read_artifact(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"format": "decant-artifact-9"}, "has format 'decant-artifact-9'"),
+            ({"files": []}, "is damaged at files"),
+            ({"precision": "fp8"}, "is damaged at precision"),
+            ({"surprise": 1}, "is damaged at surprise"),
+        ],
+    )
+    def test_damage_is_named(self, onnx_artifact, change, message):
+        path = onnx_artifact.folder / "artifact.json"
+        write_json(path, {**read_json(path), **change})
+        with pytest.raises(UserError, match=message):
+            read_artifact(onnx_artifact.folder)
+
+    @pytest.mark.parametrize("name", ["../model.onnx", "/etc/passwd", "a\\b", "C:x", ".hidden", ""])
+    def test_files_outside_the_folder(self, onnx_artifact, name):
+        path = onnx_artifact.folder / "artifact.json"
+        value = read_json(path)
+        value["files"][0]["path"] = name
+        write_json(path, value)
+        with pytest.raises(UserError, match=r"is damaged at files.0.path"):
+            read_artifact(onnx_artifact.folder)
+
+    def test_missing_truncated_or_linked_files(self, onnx_artifact):
+        file = onnx_artifact.path(onnx_artifact.files[0])
+        data = file.read_bytes()
+        file.write_bytes(data[:-1])
+        with pytest.raises(UserError, match="is missing or not"):
+            read_artifact(onnx_artifact.folder)
+        file.unlink()
+        with pytest.raises(UserError, match="is missing or not"):
+            read_artifact(onnx_artifact.folder)
+        elsewhere = onnx_artifact.folder.parent / "elsewhere"
+        elsewhere.write_bytes(data)
+        file.symlink_to(elsewhere)
+        with pytest.raises(UserError, match="is missing or not"):
+            read_artifact(onnx_artifact.folder)
+
+    def test_not_json(self, onnx_artifact):
+        (onnx_artifact.folder / "artifact.json").write_text("{")
+        with pytest.raises(UserError, match="is not JSON"):
+            read_artifact(onnx_artifact.folder)
