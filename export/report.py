@@ -185,22 +185,23 @@ def csv_text(rows: Iterable[Row]) -> str:
 def markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
     """Summary, headline table, and what was not measured."""
 
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", " ")
+    def safe(text: str) -> str:
+        """Names and reasons are text: no markup of theirs, no cell or line that they end."""
+        return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
 
-    lines = [f"# {report['title']}", "", " ".join(report["summary"]), ""]
+    lines = [f"# {safe(report['title'])}", "", safe(" ".join(report["summary"])), ""]
     lines += ["| | kNN % | linear % | n | latency ms | size MB |", "|---|---:|---:|---:|---:|---:|"]
     for line in headline_table(rows):
         accuracy = f"{tables.percent(line.knn)} | {tables.percent(line.linear)} | {tables.count(line.n)}"
         lines.append(
-            f"| {cell(line.label)} | {accuracy} | {tables.significant(line.latency)} | {tables.significant(line.size)} |"
+            f"| {safe(line.label)} | {accuracy} | {tables.significant(line.latency)} | {tables.significant(line.size)} |"
         )
     lines += ["", "In brackets: 95 % intervals. Latency is the median of one call at the smallest batch measured.", ""]
     missing = tables.missing_table(rows)
     lines += ["## Not measured", ""] + (["Everything that was asked for was measured."] if not missing else [])
     for group in missing:
-        lines.append(f"- {group.reason}")
-        lines += [f"  - {what}: {metrics}" for what, metrics in group.items]
+        lines.append(f"- {safe(group.reason)}")
+        lines += [f"  - {safe(what)}: {metrics}" for what, metrics in group.items]
     return "\n".join(lines) + "\n"
 
 
