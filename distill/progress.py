@@ -87,7 +87,7 @@ class Progress:
     """How a program tells what it is doing. Thread safe; tasks may be nested and may overlap.
 
     Args:
-        mode: `auto` draws bars on a terminal and prints plain lines elsewhere; of several processes all but the first are quiet;
+        mode: `auto` draws bars on a terminal, plain lines elsewhere; of several processes any but the first is quiet;
             `plain` prints lines: at most one per task every 10 s, and a last one; `quiet` prints warnings only.
         stream: where to write; stderr unless given.
         clock: seconds that only grow.
