@@ -1,20 +1,25 @@
 """The one form that a bundle's archive has, written and read: a gzip stream around a USTAR archive of regular files.
 
-Every header is byte for byte what `tar_header` makes (mode 644, no owner, no time), padding is zero, and nothing follows the
-two closing blocks. So there are no links, devices, folders or extended headers to interpret, no bit can change unseen, and the
-same files give the same bytes (with the same zlib). The reader is our own because `tarfile` reads whole extended headers into
-memory and follows conventions that a bundle has no use for.
+Every tar header is byte for byte what `tar_header` makes (mode 644, no owner, no time), padding is zero, and nothing follows
+the two closing blocks. So there are no links, devices, folders or extended headers to interpret. The gzip header has no name
+and no time, and carries the sha256 of all that follows it in an extra field, which other readers skip: deflate can say one thing in
+several ways, and this hash says which it was, so that no bit of a bundle can change unseen. The same files give the same bytes
+(with the same zlib).
+
+The reader is our own because `tarfile` reads whole extended headers into memory and follows conventions that no bundle needs.
 """
 
-import gzip
+import hashlib
 import re
+import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"  # deflate, no name, no time, unknown system
+GZIP = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff" + b"\x24\x00DC\x20\x00"  # deflate, no time, unknown system, extra field
+HASH = hashlib.sha256().digest_size  # RFC 1952: the extra field has 36 bytes, of which "DC", a length of 32, the hash
 LEVEL = 6
 BLOCK = 512
 CHUNK = 1 << 20
@@ -63,19 +68,35 @@ def write_archive(path: Path, members: Iterable[tuple[str, int, Iterable[bytes]]
     Raises:
         ValueError: a name that may not be in a bundle, or content of another length.
     """
-    with open(path, "wb") as file, gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as packed:
-        for name, size, pieces in members:
-            if reason := bad_name(name):
-                raise ValueError(reason)
-            packed.write(tar_header(name, size))
-            written = 0
-            for piece in pieces:
-                packed.write(piece)
-                written += len(piece)
-            if written != size:
-                raise ValueError(f"{name} has {written} bytes, not {size}")
-            packed.write(bytes(-size % BLOCK))
-        packed.write(bytes(2 * BLOCK))
+    deflate, digest, crc, count = zlib.compressobj(LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS), hashlib.sha256(), 0, 0
+    with open(path, "wb") as file:
+
+        def put(packed: bytes) -> None:
+            digest.update(packed)
+            file.write(packed)
+
+        file.write(GZIP + bytes(HASH))
+        for piece in _tar(members):
+            crc, count = zlib.crc32(piece, crc), count + len(piece)
+            put(deflate.compress(piece))
+        put(deflate.flush() + struct.pack("<II", crc, count & 0xFFFFFFFF))
+        file.seek(len(GZIP))
+        file.write(digest.digest())
+
+
+def _tar(members: Iterable[tuple[str, int, Iterable[bytes]]]) -> Iterator[bytes]:
+    for name, size, pieces in members:
+        if reason := bad_name(name):
+            raise ValueError(reason)
+        yield tar_header(name, size)
+        written = 0
+        for piece in pieces:
+            yield piece
+            written += len(piece)
+        if written != size:
+            raise ValueError(f"{name} has {written} bytes, not {size}")
+        yield bytes(-size % BLOCK)
+    yield bytes(2 * BLOCK)
 
 
 class ArchiveReader:
@@ -87,11 +108,12 @@ class ArchiveReader:
 
     def __init__(self, file: BinaryIO, limits: Limits):
         self.file, self.limits = file, limits
-        head = file.read(len(GZIP_HEADER))
-        if head[:2] != GZIP_HEADER[:2]:
+        head = file.read(len(GZIP) + HASH)
+        if head[:2] != GZIP[:2]:
             raise Refused("it is not a gzip file" if head else "it is empty")
-        if head != GZIP_HEADER:
-            raise Refused("its gzip header is cut short or carries a name, a time or flags, which a bundle's never does")
+        if head[: len(GZIP)] != GZIP or len(head) < len(GZIP) + HASH:
+            raise Refused("its gzip header is damaged, or not the one that a bundle has")
+        self.expected, self.digest = head[len(GZIP) :], hashlib.sha256()
         self.packed, self.unpacked = len(head), 0
         self.inflate = zlib.decompressobj(wbits=31)  # 31: gzip, whose checksum zlib tests
         self.inflate.decompress(head)
@@ -100,9 +122,10 @@ class ArchiveReader:
     def some(self, at_most: int) -> bytes:
         """Between 1 and `at_most` bytes; none at the end of the stream."""
         while not self.inflate.eof:
-            data = self.waiting or self.file.read(CHUNK // 16)
-            if not self.waiting:
+            if not (data := self.waiting):
+                data = self.file.read(CHUNK // 16)
                 self.packed += len(data)
+                self.digest.update(data)
             try:
                 out = self.inflate.decompress(data, at_most)  # without data: what the window still holds
             except zlib.error as e:
@@ -154,9 +177,11 @@ class ArchiveReader:
             raise Refused("there is data in the padding of a file")
 
     def end(self) -> None:
-        """Refuse anything behind the closing blocks, inside the gzip stream or after it."""
+        """Refuse anything behind the closing blocks, inside the gzip stream or after it, and bytes that were changed."""
         if self.some(1) or self.inflate.unused_data or self.file.read(1):
             raise Refused("there is data behind its end")
+        if self.digest.digest() != self.expected:
+            raise Refused("it was packed again or changed: its bytes are not those that were written")
 
 
 def tar_header(name: str, size: int) -> bytes:

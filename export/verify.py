@@ -215,8 +215,11 @@ def unpack(path: Path, folder: Path, limits: Limits = LIMITS) -> VerifyResult:
     """Verify a bundle while writing its files below `folder`, which is empty or new. Use the files only if this returns.
 
     Raises:
-        GateFailed, UserError: as `verify`.
+        GateFailed, UserError: as `verify`, and the folder holds something already.
+        EnvironmentFailed: the disk is full.
     """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name a new folder to unpack into.")
 
     def create(name: str) -> BinaryIO:
         target = folder / name  # safe: `bad_name` let it pass before anything is created
