@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from io import BytesIO
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import ExifTags, Image
 
 from distill.data.preprocess import to_rgb
 from distill.errors import UserError
@@ -93,9 +94,16 @@ def _decode(file: Any, shorter_side: int | None) -> Image.Image:
         image.load()
         try:
             return to_rgb(image)
-        except Exception:  # cameras and editors write broken EXIF; the picture under it is still good
+        except (
+            Exception
+        ):  # cameras and editors write broken EXIF; the picture under it is still good, and often its rotation too
+            clean = Image.Exif()
+            with suppress(Exception):
+                clean[ExifTags.Base.Orientation] = image.getexif()[ExifTags.Base.Orientation]
             bare = image.copy()
-            bare.info = {k: v for k, v in image.info.items() if k == "transparency"}
+            for key in set(bare.info) - {"transparency"}:
+                del bare.info[key]
+            bare.info["exif"] = clean.tobytes()
             return to_rgb(bare)
 
 

@@ -6,7 +6,9 @@ A kind is a config class with a `build()` and one line in `KINDS`.
 import difflib
 import errno
 import glob
+import itertools
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -51,8 +53,11 @@ class Source(Protocol):
         classes: names that `labels()` are indices into; None for a set without labels.
     """
 
-    name: str
-    classes: list[str] | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def classes(self) -> list[str] | None: ...
 
     def __len__(self) -> int: ...
 
@@ -69,6 +74,11 @@ class Source(Protocol):
 def checked(source: Source, progress: Progress | None = None) -> Source:
     """The source to evaluate on: without items that cannot be read or, in a labelled set, lack a label."""
     return source.checked(progress) if isinstance(source, ImageSource) else source
+
+
+def skipped_summary(source: "Source | StreamingSource") -> str:
+    """One line on the images that a run could not read so far; empty when there are none."""
+    return source.skipped_summary() if isinstance(source, ImageSource | StreamingSource) else ""
 
 
 def labels_of(source: Source, classes: Sequence[str] | None = None) -> np.ndarray:
@@ -162,8 +172,7 @@ class ParquetConfig(Config):
 
     def build(self) -> ImageSource:
         """Raises: UserError: no such file, not parquet, no image column, or no such label column."""
-        files = parquet_files(self.path)
-        names = _noted_classes(files)
+        files, names = _opened(parquet_files(self.path))
         datasets = _datasets()
         what = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
         with _explained(what):
@@ -223,9 +232,7 @@ class DatasetsConfig(Config):
         column = image_column(name, table.features, self.image)
         stream = table.select_columns([column]).cast_column(column, _datasets().Image(decode=False))
         fingerprint = sha256_json({**content, "image": column, "limit": self.limit})[:16]
-        return StreamingSource(
-            name, stream if self.limit is None else stream.take(self.limit), column, self.buffer, fingerprint
-        )
+        return StreamingSource(name, stream, column, self.buffer, self.limit, fingerprint)
 
 
 KINDS: dict[str, type[Config]] = {
@@ -343,17 +350,20 @@ def parquet_files(path: str | list[str]) -> list[Path]:
     return found
 
 
-def _noted_classes(files: list[Path]) -> list[str] | None:
-    """Class names in the schema metadata, directly or in a JSON note. Opens every file, so that a bad one is named."""
-    names = None
+def _opened(files: list[Path]) -> tuple[list[Path], list[str] | None]:
+    """The files that have rows, and the class names that schema metadata lists, directly or in a JSON note.
+
+    Raises:
+        UserError: one is not a whole parquet file.
+    """
+    filled, names = [], None
     for file in files:
         try:
-            metadata = pq.read_schema(file).metadata or {}
+            footer = pq.read_metadata(file)
         except (pa.ArrowInvalid, OSError) as e:
-            raise UserError(
-                f"{file} is not a whole parquet file ({str(e).splitlines()[0]}). Fetch it again or leave it out."
-            ) from e
-        for key, raw in metadata.items():
+            raise UserError(f"{file} is not a whole parquet file ({_first_line(e)}). Fetch it again or leave it out.") from e
+        filled += [file] if footer.num_rows else []
+        for key, raw in (footer.metadata or {}).items():
             try:
                 value = json.loads(raw)
             except ValueError:
@@ -361,7 +371,9 @@ def _noted_classes(files: list[Path]) -> list[str] | None:
             value = value.get("classes") if isinstance(value, dict) else value if key in (b"classes", b"class_names") else None
             if names is None and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
                 names = value
-    return names
+    if not filled:
+        raise UserError(f"{files[0]} has no rows. Name a data set that has.")
+    return filled, names
 
 
 @cache
@@ -544,9 +556,9 @@ class StreamingSource:
 
     classes = None
 
-    def __init__(self, name: str, stream: Any, column: str, buffer: int, fingerprint: str):
+    def __init__(self, name: str, stream: Any, column: str, buffer: int, limit: int | None, fingerprint: str):
         """`stream`: a `datasets.IterableDataset` whose `column` is not decoded."""
-        self.name, self.stream, self.column, self.buffer = name, stream, column, buffer
+        self.name, self.stream, self.column, self.buffer, self.limit = name, stream, column, buffer, limit
         self.skipped: dict[int, str] = {}
         self._fingerprint = fingerprint
         self._epoch_length: int | None = None  # known once an epoch was passed
@@ -605,7 +617,7 @@ class StreamingSource:
                 self._bad.value += 1
 
     def _cells(self, seed: int, start: int) -> Iterator[tuple[int, Any]]:
-        """(position, cell) from the epoch that holds `start` on."""
+        """(position, cell) for ever, from the start of the epoch that holds `start` or before."""
         import fsspec.asyn
 
         fsspec.asyn.reset_lock()  # a forked worker must not wait for its parent's event loop
@@ -614,16 +626,38 @@ class StreamingSource:
             while self._epoch_length and start - position >= self._epoch_length:
                 epoch, position = epoch + 1, position + self._epoch_length
             first = position
-            shuffled = self.stream.shuffle(
-                seed=int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]), buffer_size=self.buffer
-            )
-            # Not iter(shuffled): in a loader's worker that gives this worker's shards alone.
-            for batch in shuffled.iter(batch_size=1):
-                yield position, batch[self.column][0]
+            for cell in self._shuffled(np.random.default_rng((seed, epoch))):
+                yield position, cell
                 position += 1
             if position == first:
                 raise UserError(f"{self.name} is an empty stream. Name a data set that has rows.")
             epoch, self._epoch_length = epoch + 1, position - first
+
+    def _shuffled(self, g: np.random.Generator) -> Iterator[Any]:
+        """One epoch's cells: shards in random order through a buffer of which a random cell makes room for each new one.
+
+        The library's own shuffle would do, but it reads ten shards in threads and then sleeps for seconds at each epoch's end.
+        """
+        held: list[Any] = []
+        for cell in itertools.islice(self._cells_of_shards(g), self.limit):
+            if len(held) < self.buffer:
+                held.append(cell)
+                continue
+            i = int(g.integers(self.buffer))
+            out, held[i] = held[i], cell
+            yield out
+        yield from (held[i] for i in g.permutation(len(held)).tolist())
+
+    def _cells_of_shards(self, g: np.random.Generator) -> Iterator[Any]:
+        n = self.stream.num_shards
+        shards = (
+            range(n) if self.limit is not None else g.permutation(n).tolist()
+        )  # the first `limit` are the same in each epoch
+        for i in shards:
+            # Not iter(shard): in a loader's worker that gives nothing but this worker's share.
+            with _explained(self.name, f"The stream {self.name} broke off. Run the same command again to go on from there."):
+                for batch in self.stream.shard(num_shards=n, index=i).iter(batch_size=1):
+                    yield batch[self.column][0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_bad"}
@@ -707,13 +741,13 @@ def _datasets() -> Any:
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = (
         False  # a request for every load, local ones too, that a machine offline waits for
     )
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it would log, it raises too
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return datasets
 
 
-def _unreachable(name: str, revision: str | None, seconds: float = 6.0) -> str | None:
+def _unreachable(name: str, revision: str | None, seconds: float = 5.0) -> str | None:
     """Why the hub cannot be asked about this data set; None when it answers.
 
     Raises:
@@ -764,10 +798,11 @@ def _explained(what: str, unreachable: str | None = None) -> Iterator[None]:
             raise EnvironmentFailed(
                 f"{what} cannot be loaded: {_first_line(root)}. Change the permissions, or set HF_HOME."
             ) from e
-        if unreachable and isinstance(e, (ConnectionError, TimeoutError)):
+        client = type(root).__module__.split(".")[0] in ("aiohttp", "httpcore", "httpx", "httpx2", "requests", "urllib3")
+        if unreachable and (client or isinstance(e, (ConnectionError, TimeoutError))):
             raise EnvironmentFailed(unreachable) from e
         raise UserError(
-            f"{what} cannot be loaded by `datasets`: {_first_line(root)}. Correct its name, split, config or files."
+            f"{what} cannot be read by `datasets`: {_first_line(root)}. Correct its name, split, config or files."
         ) from e
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from distill.data.images import FORMATS, BadImage, decode, files_fingerprint, image_files, seeded_order
 
@@ -105,11 +105,23 @@ def test_exif_rotation_is_applied():
     assert np.asarray(turned)[25:].mean() < 15
 
 
-@pytest.mark.parametrize(
-    "exif", [b"Exif\0\0rubbish", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12\0\x03" * 9]
-)
-def test_broken_exif_does_not_cost_the_picture(exif):
-    assert abs(centre(decode(encoded(Image.new("RGB", (16, 16), RED), "JPEG", exif=exif))) - RED).max() <= 6
+def test_broken_exif_costs_neither_the_picture_nor_its_rotation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x8825] = {1: "N", 2: (1.0, 2.0, 3.0)}
+    three_bytes = b"\x00\x02\x00\x01\x00\x00\x00\x03"  # a latitude of three bytes, not of three fractions
+    broken = exif.tobytes().replace(b"\x00\x02\x00\x05\x00\x00\x00\x03", three_bytes)
+    assert broken != exif.tobytes()
+    image = decode(encoded(Image.new("RGB", (32, 16), RED), "JPEG", exif=broken))
+    assert image.size == (16, 32)
+    assert abs(centre(image) - RED).max() <= 6
+
+
+@pytest.mark.parametrize("profile", ["zz", "\nexif\n 10\nzzzz", "\nexif\n  4\n45786966"])
+def test_broken_exif_of_a_png(profile):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", profile)
+    assert tuple(centre(decode(encoded(Image.new("RGB", (16, 16), RED), pnginfo=info)))) == RED
 
 
 def test_file_and_bytes_agree(tmp_path):
@@ -143,7 +155,24 @@ def test_result_outlives_its_file(tmp_path):
         (png_header(0, 5), ""),
         (png_header(3, 3_000), "too narrow"),
     ],
+    ids=[
+        "empty",
+        "text",
+        "html",
+        "cut_jpeg",
+        "cut_png",
+        "cut_header",
+        "cut_webp",
+        "cut_tiff",
+        "cut_gif",
+        "eps",
+        "large",
+        "huge",
+        "flat",
+        "sliver",
+    ],
 )
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_images_say_why(data, reason, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(data)
     for source in (data, tmp_path / "bad.jpg"):
@@ -154,6 +183,7 @@ def test_bad_images_say_why(data, reason, tmp_path):
         assert "\n" not in e.value.reason
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_enormous_is_refused_by_its_header_without_unpacking():
     """A real bomb: 120 million white pixels in 120 kB. Unpacked it is 360 MB; the peak must stay far below."""
     import resource
