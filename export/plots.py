@@ -1,6 +1,6 @@
 """Two kinds of chart as plain SVG text: points with intervals, and lines. No script; the page's CSS colours both themes.
 
-Classes that the page styles: `frame`, `grid`, `tick`, `label`, `frontier`, `leader`, and `c0` … `c5` for the series.
+Classes that the page styles: `frame`, `grid`, `tick`, `label`, `frontier`, `leader`; `c0` … `c5` and `dashed` for the series.
 """
 
 import math
@@ -10,19 +10,18 @@ from html import escape
 from itertools import pairwise
 
 LETTER = 0.54  # mean width of a letter over the font size, a little generous
-SERIES = 6  # colours that the page defines
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mark at (x, y) with optional intervals; `tip` is what hovering and screen readers get."""
+    """A mark at (x, y) with optional intervals; `tip` is what hovering and screen readers get, `style` CSS classes."""
 
     x: float
     y: float
     label: str
     tip: str
-    series: int = 0
+    style: str = "c0"
     shape: str = "circle"  # circle, square, diamond
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
@@ -35,7 +34,7 @@ class Line:
     label: str
     xs: Sequence[float]
     ys: Sequence[float]
-    series: int = 0
+    style: str = "c0"
 
 
 @dataclass
@@ -133,21 +132,21 @@ def lines(series: Sequence[Line], title: str, x_label: str, width: int = 340, he
         tip = f"<title>{escape(line.label)}: from {short(line.ys[0])} to {short(line.ys[-1])}</title>"
         if len(points) == 1:
             x, y = canvas.x(points[0][0]), canvas.y(points[0][1])
-            canvas.parts.append(f'<circle class="dot c{line.series % SERIES}" cx="{x:.1f}" cy="{y:.1f}" r="2.5">{tip}</circle>')
+            canvas.parts.append(f'<circle class="dot {line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5">{tip}</circle>')
             continue
         path = "L".join(f"{canvas.x(x):.1f} {canvas.y(y):.1f}" for x, y in points)
-        canvas.parts.append(f'<path class="line c{line.series % SERIES}" d="M{path}">{tip}</path>')
+        canvas.parts.append(f'<path class="line {line.style}" d="M{path}">{tip}</path>')
     described = "; ".join(f"{s.label} from {short(s.ys[0])} to {short(s.ys[-1])}" for s in series)
     return canvas.svg(title, described, "panel")
 
 
-def interval_bar(value: float, interval: tuple[float, float] | None, span: tuple[float, float], series: int) -> str:
+def interval_bar(value: float, interval: tuple[float, float] | None, span: tuple[float, float], style: str) -> str:
     """A dot with its interval on a common scale, for a table's cell; the numbers stand beside it."""
     canvas = Canvas(120, 16, span, (0, 1), left=4, right=4, top=0, bottom=0)
     x = canvas.x(value)
     whisker = f'<path class="whisker" d="M{canvas.x(interval[0]):.1f} 8H{canvas.x(interval[1]):.1f}"/>' if interval else ""
     return (
-        f'<svg class="bar c{series % SERIES}" viewBox="0 0 120 16" width="120" height="16" aria-hidden="true">'
+        f'<svg class="bar {style}" viewBox="0 0 120 16" width="120" height="16" aria-hidden="true">'
         f'<path class="grid" d="M4 8H116"/>{whisker}<circle class="dot" cx="{x:.1f}" cy="8" r="3.4"/></svg>'
     )
 
@@ -175,7 +174,7 @@ def _mark(canvas: Canvas, p: Point, label_x: float, label_y: float, anchor: str,
     }
     lead = f'<path class="leader" d="M{x:.1f} {y:.1f}L{label_x:.1f} {label_y - 4:.1f}"/>' if far else ""
     text = f'<text class="name" x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{anchor}">{escape(p.label)}</text>'
-    return f'<g class="point c{p.series % SERIES}"><title>{escape(p.tip)}</title>{lead}{whiskers}{shapes[p.shape]}{text}</g>'
+    return f'<g class="point {p.style}"><title>{escape(p.tip)}</title>{lead}{whiskers}{shapes[p.shape]}{text}</g>'
 
 
 def place_labels(canvas: Canvas, points: Sequence[Point], best: Sequence[Point] = ()) -> list[tuple[float, float, str, bool]]:

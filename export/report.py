@@ -208,7 +208,7 @@ def markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
 def render(report: dict[str, Any], rows: Sequence[Row], config: ReportConfig, strip: bytes | None) -> str:
     """The page as one HTML text."""
     book = Book(rows)
-    series = series_of([subject for subject, _ in book.subjects()])
+    styles = styles_of([subject for subject, _ in book.subjects()] + list(report["curves"]))
     environment = Environment(
         loader=PackageLoader("export", "templates"),
         autoescape=True,
@@ -225,6 +225,7 @@ def render(report: dict[str, Any], rows: Sequence[Row], config: ReportConfig, st
         "plain": tables.plain,
         "digits": tables.digits,
         "duration": duration,
+        "tenths": lambda v: f"{v:.1f}",
         "moment": lambda text: str(text).replace("T", " ").replace("+00:00", "Z").replace("Z", " UTC"),
         "condition": lambda v: json.dumps(v) if isinstance(v, dict | list) else "" if v is None else str(v),
     }
@@ -243,12 +244,12 @@ def render(report: dict[str, Any], rows: Sequence[Row], config: ReportConfig, st
         report=report | {"fingerprint": machine | report["fingerprint"]},
         book=book,
         headline=headline,
-        bars=headline_bars(headline, series),
+        bars=headline_bars(headline, styles),
         artifacts=tables.artifact_table(book, config.accuracy),
         accuracy=tables.METRICS[config.accuracy],
-        charts=tradeoff_charts(book, config, series),
-        panels=curve_panels(report["curves"], series),
-        legend=[(tables.label_of(s, "torch-fp32"), series.get(s, 0)) for s in report["curves"]],
+        charts=tradeoff_charts(book, config, styles),
+        panels=curve_panels(report["curves"], styles),
+        legend=[(tables.label_of(s, "torch-fp32"), styles[s]) for s in report["curves"]],
         missing=tables.missing_table(rows),
         strip_rows=captions(strip) if strip else [],
         strip=base64.b64encode(strip).decode() if strip else None,
@@ -258,14 +259,18 @@ def render(report: dict[str, Any], rows: Sequence[Row], config: ReportConfig, st
     )
 
 
-def series_of(subjects: Sequence[str]) -> dict[str, int]:
-    """Subject -> number of its colour: the teacher's is 0, its students' follow, yardsticks and controls come last."""
-    order = ("teacher", "students", "control", "random", "raw")
-    ranked = sorted(dict.fromkeys(subjects), key=lambda s: order.index(k) if (k := s.split("/")[0]) in order else len(order))
-    return {subject: min(i, plots.SERIES - 1) for i, subject in enumerate(ranked)}
+def styles_of(subjects: Iterable[str]) -> dict[str, str]:
+    """Subject -> CSS classes: the teacher's colour, one a student, dashed in the same colour its control, grey the rest."""
+    names = sorted({s.partition("/")[2] for s in subjects if s.startswith(("students/", "control/"))})
+    colour = {name: f"c{1 + i % 4}" for i, name in enumerate(names)}
+    found = {}
+    for subject in subjects:
+        kind, _, name = subject.partition("/")
+        found[subject] = {"teacher": "c0", "control": f"{colour.get(name)} dashed"}.get(kind, colour.get(name, "c5"))
+    return found | {s: "c5" for s in subjects if s.startswith(("random", "raw"))}
 
 
-def headline_bars(headline: Sequence[tables.HeadlineRow], series: dict[str, int]) -> list[Markup | None]:
+def headline_bars(headline: Sequence[tables.HeadlineRow], styles: dict[str, str]) -> list[Markup | None]:
     """A small bar a row: kNN accuracy and its interval on a scale that all rows share."""
     found = [line.knn for line in headline if line.knn and line.knn.value is not None]
     ends = [v for r in found for v in (r.value, r.low, r.high) if v is not None]
@@ -273,14 +278,14 @@ def headline_bars(headline: Sequence[tables.HeadlineRow], series: dict[str, int]
         return [None] * len(headline)
     span = plots.padded(ends)
     return [
-        Markup(plots.interval_bar(line.knn.value, _interval(line.knn), span, series.get(line.subject, 0)))
+        Markup(plots.interval_bar(line.knn.value, _interval(line.knn), span, styles[line.subject]))
         if line.knn and line.knn.value is not None
         else None
         for line in headline
     ]
 
 
-def tradeoff_charts(book: Book, config: ReportConfig, series: dict[str, int]) -> list[Markup]:
+def tradeoff_charts(book: Book, config: ReportConfig, styles: dict[str, str]) -> list[Markup]:
     """The accuracy-latency chart, once for wide and once for narrow screens; nothing where no artifact has both numbers."""
     found = []
     for subject, target in book.subjects():
@@ -297,7 +302,7 @@ def tradeoff_charts(book: Book, config: ReportConfig, series: dict[str, int]) ->
         )
         shape = SHAPES.get(target.rpartition("-")[2], "circle")
         intervals = _interval(latency), _interval(accuracy)
-        found.append(plots.Point(latency.value, accuracy.value, label, tip, series.get(subject, 0), shape, *intervals))
+        found.append(plots.Point(latency.value, accuracy.value, label, tip, styles[subject], shape, *intervals))
     if not found:
         return []
     name = tables.METRICS[config.accuracy]
@@ -307,7 +312,7 @@ def tradeoff_charts(book: Book, config: ReportConfig, series: dict[str, int]) ->
     return [Markup(wide), Markup(narrow)]
 
 
-def curve_panels(curves: dict[str, list[dict[str, Any]]], series: dict[str, int]) -> list[tuple[str, Markup]]:
+def curve_panels(curves: dict[str, list[dict[str, Any]]], styles: dict[str, str]) -> list[tuple[str, Markup]]:
     """(title, chart) for every quantity of CURVES that any model logged."""
     panels = []
     for key, title in CURVES.items():
@@ -317,7 +322,7 @@ def curve_panels(curves: dict[str, list[dict[str, Any]]], series: dict[str, int]
             good = good[:: max(1, len(good) // MOST_POINTS)] + good[-1:]
             if good:
                 label = tables.label_of(subject, "torch-fp32")
-                drawn.append(plots.Line(label, [r["images"] for r in good], [r[key] for r in good], series.get(subject, 0)))
+                drawn.append(plots.Line(label, [r["images"] for r in good], [r[key] for r in good], styles[subject]))
         if drawn:
             panels.append((title, Markup(plots.lines(drawn, title, "images seen"))))
     return panels
