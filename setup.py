@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 # tensorrt_rtx publishes wheels for Linux and Windows on x86-64 only; elsewhere its targets say "not measured".
 RTX = "tensorrt_rtx>=1.3; (sys_platform == 'linux' or sys_platform == 'win32') and (platform_machine == 'x86_64' or platform_machine == 'AMD64')"
 
-TEST = ["pytest>=8", "pytest-timeout>=2", "jaxtyping>=0.3", "beartype>=0.19", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"]
+TEST = ["pytest>=8", "pytest-timeout>=2", "beartype>=0.19", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"]
 
 setup(
     name="decant-vision",
@@ -33,6 +33,7 @@ setup(
         "numpy>=1.26",
         "pillow>=11",
         "safetensors>=0.4.5",
+        "jaxtyping>=0.3",
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "pydantic>=2.10",
@@ -42,7 +43,6 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "psutil>=6",
-        "tensorboard>=2.18",
         RTX,
     ],
     extras_require={

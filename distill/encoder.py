@@ -35,19 +35,23 @@ class Encoder(Protocol):
 
 
 class RawPixels:
-    """The yardstick that needs no network: `cls` is the flattened preprocessed image, `patches` its 8 x 8 px cells."""
+    """The yardstick that needs no network: pixels standardised per image (all channels together, the stronger choice: channel by channel
+    kNN loses 5 points on CIFAR-10). Images come unnormalised. `cls` is the flattened image, `patches` its 8 x 8 px cells.
+    """
 
     def __init__(self, cell: int = 8):
         self.target = "pixels"
-        self.conditions = {"runtime": f"numpy {np.__version__}"}
+        self.conditions = {"runtime": f"numpy {np.__version__}", "standardised": "per image, channels together"}
         self.cell = cell
 
     def __call__(self, images: Tensor) -> Features:
         b, c, h, w = images.shape
+        std, mean = torch.std_mean(images.float(), (1, 2, 3), correction=0, keepdim=True)
+        images = (images - mean) / (std + 1e-3)
         p = self.cell
         cropped = images[:, :, : h // p * p, : w // p * p]
         patches = cropped.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).reshape(b, -1, c * p * p)
-        return Features(images.flatten(1).float(), patches.float())
+        return Features(images.flatten(1), patches)
 
 
 class TorchEncoder:

@@ -9,9 +9,7 @@ Heads = tuple[HeadConfig, HeadConfig | None]
 FLOAT = 4
 
 
-def training_bytes(
-    training: TrainConfig, teacher: BackboneConfig, students: list[BackboneConfig], heads: list[Heads]
-) -> int:
+def training_bytes(training: TrainConfig, teacher: BackboneConfig, students: list[BackboneConfig], heads: list[Heads]) -> int:
     """Bytes in float32: weights with gradients, Adam's moments and average; activations kept for backward; prototype logits.
 
     Counts what grows with the settings and leaves out what a framework adds; measured peaks lie between 0.7 and 1.5 times of it

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from distill.config import Config
@@ -26,6 +24,7 @@ from distill.errors import DecantError
 from distill.models.headed import HeadedBackbone, frozen_copy
 from distill.objectives import (
     ObjectivesConfig,
+    Targets,
     make_centrings,
     student_losses,
     target_statistics,
@@ -143,10 +142,12 @@ def train(
     if teacher is None and len(students) != 1:
         raise ValueError("without a frozen teacher there is exactly one student: its average is the teacher")
     width = max(s.backbone.dim for s in students.values())
-    accelerator = Accelerator(
-        mixed_precision="bf16" if uses_bf16(config.precision, width) else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    from accelerate import Accelerator  # here: a plan needs this file's settings, not a second of imports
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    # Not Accelerator's mixed precision: that is fixed for a whole process, and a run trains several models of different widths.
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=uses_bf16(config.precision, width))
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     total, device = config.steps(), accelerator.device
@@ -158,7 +159,8 @@ def train(
 
     checkpoint = folder / "checkpoint.safetensors"
     start = _resume(checkpoint, group, centrings)
-    logs = {n: TrainLog(folder / ("." if teacher is None else n) / "train.jsonl", start) for n in group}
+    main = accelerator.is_main_process
+    logs = {n: TrainLog(folder / ("." if teacher is None else n) / "train.jsonl", start) for n in group} if main else {}
     settings = LoaderSettings(
         config.crops,
         config.masks,
@@ -168,7 +170,6 @@ def train(
         seed,
         (accelerator.process_index, accelerator.num_processes),
     )
-    main = accelerator.is_main_process
     began = time.monotonic()
     with (
         stop_requests() as stop,
@@ -179,11 +180,11 @@ def train(
             torch.manual_seed((seed + 1) * 1_000_003 + step)  # stochastic depth
             batch = batch.to(device)
             chosen = batch.masks if config.masks is not None else torch.ones_like(batch.masks)
-            with accelerator.autocast():
+            with autocast:
                 targets = teacher_targets(guide, centrings, batch.global_crops, chosen, temperature(step))
             log_now = step % runtime.log_every == 0 or step == total - 1
             for name, student in group.items():
-                terms, norms = student_step(student, batch, chosen, targets, config, schedules, step, accelerator)
+                terms, norms = student_step(student, batch, chosen, targets, config, schedules, step, accelerator, autocast)
                 if log_now and main:
                     shared = {"step": step, "images": (step + 1) * config.batch, "lr": schedules.lr(step)}
                     shared |= {"teacher_temperature": temperature(step), "seconds": round(time.monotonic() - began, 2)}
@@ -207,18 +208,20 @@ def student_step(
     student: Student,
     batch: Batch,
     chosen: Tensor,
-    targets: Any,
+    targets: Targets,
     config: TrainConfig,
     schedules: Schedules,
     step: int,
     accelerator: Any,
+    autocast: Any,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Forward, backward, clip, update, average; (terms, gradient norms before clipping). A step whose loss or gradient is not finite
     changes nothing.
     """
     set_step(student.optimizer, schedules, step)
     student.optimizer.zero_grad(set_to_none=True)
-    out = student.wrapped(batch.global_crops, batch.local_crops, chosen if config.mask_input else None, chosen)
+    with autocast:
+        out = student.wrapped(batch.global_crops, batch.local_crops, chosen if config.mask_input else None, chosen)
     terms = student_losses(out, targets, config.objectives)
     loss = torch.stack(list(terms.values())).sum()
     accelerator.backward(loss)
@@ -246,7 +249,7 @@ def student_step(
     return {k: finite_or_zero[k] for k in terms}, {k: finite_or_zero[k] for k in norm_names} | extra
 
 
-def prepare_student(model: HeadedBackbone, config: TrainConfig, accelerator: Accelerator) -> Student:
+def prepare_student(model: HeadedBackbone, config: TrainConfig, accelerator: Any) -> Student:
     """Move a student to its device, copy its average, build its optimiser, wrap it for several processes."""
     if not config.mask_input:
         model.backbone.mask_token.requires_grad_(

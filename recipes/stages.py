@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from rich.console import RenderableType
-
 from distill.files import sha256_json
-from export.targets import prerequisites
+from export.targets import in_order, prerequisites
 from recipes import work
 from recipes.marks import Stage
 from recipes.schema import Recipe
@@ -25,6 +23,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             config=settings | {"teacher": r.teacher.model_dump(), "input": r.input.model_dump()},
             data=train,
             work=work.pretrain(r, data),
+            together=True,
         ),
         Stage(
             name="distill",
@@ -33,6 +32,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             inputs=("pretrain",),
             data=train,
             work=work.distill(r, data, run),
+            together=True,
         ),
     ]
     for name, student in r.students.items():
@@ -44,6 +44,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
                     config=settings | {"student": _students(r)[name], "train": r.control_training().model_dump()},
                     data=train,
                     work=work.control(r, data, name),
+                    together=True,
                 )
             )
     exports = [stage for name in r.students for stage in _exports(r, data, run, name)]
@@ -101,16 +102,6 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
 
 def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:
     """One stage a target, prerequisites first; a target that this machine cannot build is optional: its rows say why."""
-    order: list[str] = []
-
-    def add(target: str) -> None:
-        for earlier in prerequisites(target):
-            add(earlier)
-        if target not in order:
-            order.append(target)
-
-    for target in r.export.targets:
-        add(target)
     settings = r.export.model_dump(exclude={"targets", "gates"})
     return [
         Stage(
@@ -123,7 +114,7 @@ def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:
             optional=not target.startswith("onnx"),
             rows_if_skipped=lambda reason, target=target: work.unmeasured(student, target, reason),
         )
-        for target in order
+        for target in in_order(r.export.targets)
     ]
 
 
@@ -135,10 +126,3 @@ def _students(r: Recipe) -> dict:
         heads = {"dino_head": dino.model_dump(), "ibot_head": ibot and ibot.model_dump()}
         found[name] = student.model_dump(exclude={"control"}) | heads
     return found
-
-
-def describe(recipe: Recipe, run: Path) -> RenderableType:
-    """What `decant check` prints."""
-    from recipes.describe import describe as tables
-
-    return tables(recipe, run)

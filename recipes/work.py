@@ -16,6 +16,7 @@ from distill.data.sources import Source, checked, source_from
 from distill.encoder import Encoder, RawPixels, TorchEncoder
 from distill.errors import GateFailed, UserError
 from distill.files import sha256_file
+from distill.memory import refuse_if_too_large, training_bytes
 from distill.models.backbone import Backbone
 from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, save_model
 from distill.models.headed import HeadedBackbone
@@ -81,7 +82,9 @@ def load_headed(folder: Path) -> HeadedBackbone:
     backbone = load_backbone(folder)
     heads = load_heads(folder, backbone.dim)
     if "dino" not in heads:
-        raise UserError(f"{folder} holds a backbone without heads: it cannot teach by DINO and iBOT. Train it with `decant run`.")
+        raise UserError(
+            f"{folder} holds a backbone without heads: it cannot teach by DINO and iBOT. Train it with `decant run`."
+        )
     return HeadedBackbone(backbone, heads["dino"], heads.get("ibot"))
 
 
@@ -99,9 +102,16 @@ def finished(folders: list[Path]) -> bool:
     return all((f / "model.json").exists() for f in folders)
 
 
-def save_trained(r: Recipe, folder: Path, model: HeadedBackbone, training: TrainConfig, kind: str) -> None:
+def save_trained(r: Recipe, models: dict[Path, HeadedBackbone], training: TrainConfig, kind: str, stage: Path) -> None:
+    """Write the trained models and drop the stage's checkpoint; of several processes, the first one does."""
+    from accelerate import PartialState
+
     lineage = {"kind": kind, "recipe": r.name, "seed": r.seed, "images_seen": training.images, "steps": training.steps()}
-    save_model(folder, model.backbone, r.input.preprocess(), model.heads(), lineage)
+    if PartialState().is_main_process:
+        for folder, model in models.items():
+            save_model(folder, model.backbone, r.input.preprocess(), model.heads(), lineage)
+        (stage / "checkpoint.safetensors").unlink(missing_ok=True)
+    PartialState().wait_for_everyone()
 
 
 def pretrain(r: Recipe, data: Data) -> Work:
@@ -111,8 +121,7 @@ def pretrain(r: Recipe, data: Data) -> Work:
         model = fresh_model(r.teacher.backbone, r.teacher.dino_head, r.teacher.ibot_head, r.seed * 1000)
         name = "teacher"
         trained = run_training(r, data, r.teacher.train, {name: model}, None, folder, progress, "pretrain")[name]
-        save_trained(r, folder, trained, r.teacher.train, "pretrain")
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        save_trained(r, {folder: trained}, r.teacher.train, "pretrain", folder)
 
     return work
 
@@ -124,9 +133,7 @@ def distill(r: Recipe, data: Data, run: Path) -> Work:
         teacher = load_headed(run / "teacher")
         students = {name: fresh_student(r, name) for name in r.students}
         trained = run_training(r, data, r.distill, students, teacher, folder, progress, "distill")
-        for name, model in trained.items():
-            save_trained(r, folder / name, model, r.distill, "distill")
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        save_trained(r, {folder / name: model for name, model in trained.items()}, r.distill, "distill", folder)
 
     return work
 
@@ -137,8 +144,7 @@ def control(r: Recipe, data: Data, name: str) -> Work:
             return
         training = r.control_training()
         trained = run_training(r, data, training, {name: fresh_student(r, name)}, None, folder, progress, f"control/{name}")
-        save_trained(r, folder, trained[name], training, "control")
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        save_trained(r, {folder: trained[name]}, training, "control", folder)
 
     return work
 
@@ -153,6 +159,10 @@ def run_training(
     progress: Progress,
     title: str,
 ) -> dict[str, HeadedBackbone]:
+    teacher_config = (teacher or next(iter(students.values()))).backbone.config
+    heads = [(s.dino.config, None if s.ibot is None else s.ibot.config) for s in students.values()]
+    configs = [s.backbone.config for s in students.values()]
+    refuse_if_too_large(training_bytes(training, teacher_config, configs, heads), title)
     trained = train(
         training,
         students,
@@ -203,28 +213,15 @@ def export(r: Recipe, data: Data, run: Path, student: str, target: str) -> Work:
             folder,
             progress,
         )
-        rows = [
-            Row(
-                metric="build_s",
-                value=artifact.build_seconds,
-                n=1,
-                subject=f"students/{student}",
-                target=target,
-                conditions={"device": platform.machine(), "versions": artifact.versions},
-            )
-        ]
-        if artifact.runtime != "onnxruntime":
-            rows.append(
-                Row(
-                    metric="size_mb",
-                    value=sum(f.bytes for f in artifact.files) / 1e6,
-                    n=1,
-                    subject=f"students/{student}",
-                    target=target,
-                    conditions={"compute_capabilities": artifact.compute_capabilities, "file": "engine"},
-                )
-            )
-        write_rows(folder / "rows.jsonl", rows)
+        built = Row(
+            metric="build_s",
+            value=artifact.build_seconds,
+            n=1,
+            subject=f"students/{student}",
+            target=target,
+            conditions={"device": platform.machine(), "versions": artifact.versions},
+        )
+        write_rows(folder / "rows.jsonl", [built])
 
     return work
 
@@ -303,8 +300,8 @@ def _yardsticks(r: Recipe) -> list[Any]:
     from distill.evaluate.suite import Subject
 
     preprocess = r.input.preprocess()
-    standardised = r.input.model_copy(update={"normalize": "per_image"}).preprocess()
-    found = [Subject("raw", "pixels", lambda: RawPixels(), standardised, "pixels")]
+    plain = r.input.model_copy(update={"normalize": "none"}).preprocess()
+    found = [Subject("raw", "pixels", lambda: RawPixels(), plain, None)]
     for name, backbone, seed in [
         ("teacher", r.teacher.backbone, r.seed * 1000),
         *((n, s.backbone, student_seed(r, n)) for n, s in r.students.items()),
@@ -374,7 +371,10 @@ def benchmark(r: Recipe, run: Path) -> Work:
         from export.runtimes import open_artifact
 
         cases = []
-        for subject, model in {"teacher": run / "teacher", **{f"students/{n}": run / "students" / n for n in r.students}}.items():
+        for subject, model in {
+            "teacher": run / "teacher",
+            **{f"students/{n}": run / "students" / n for n in r.students},
+        }.items():
             cases.append(
                 Case(
                     subject,

@@ -10,8 +10,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from timm.layers.mlp import SwiGLUPacked
-from timm.models.vision_transformer import Mlp, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,6 +86,10 @@ class Backbone(nn.Module):
     """
 
     def __init__(self, config: BackboneConfig):
+        # Here, because timm takes a second and more to import, and a plan needs only the sizes.
+        from timm.layers.mlp import SwiGLUPacked
+        from timm.models.vision_transformer import Mlp, VisionTransformer
+
         super().__init__()
         dim, depth, heads, ffn = config.shape()
         hidden = config.hidden() * (2 if ffn == "swiglu" else 1)
@@ -117,8 +119,6 @@ class Backbone(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        if self.pos_embed.is_meta:  # counting parameters, not making them
-            return
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:
@@ -209,10 +209,16 @@ class Backbone(nn.Module):
 
 
 def parameter_count(config: BackboneConfig, mask_token: bool = True) -> int:
-    """Trainable parameters; without the mask token the count is that of timm's and the published inference models."""
-    with torch.device("meta"):
-        model = Backbone(config)
-    return sum(p.numel() for p in model.parameters()) - (0 if mask_token else model.dim)
+    """Trainable parameters, by formula (a test holds it to the model); without the mask token the count is that of the published
+    inference models.
+    """
+    dim, depth, _, ffn = config.shape()
+    hidden = config.hidden()
+    attention = 4 * dim * dim + 4 * dim
+    feed_forward = dim * hidden * (3 if ffn == "swiglu" else 2) + hidden * (2 if ffn == "swiglu" else 1) + dim
+    block = attention + feed_forward + 4 * dim + 2 * dim * bool(config.layer_scale)
+    tokens = 1 + 1 + (config.image_size // config.patch) ** 2 + config.registers + bool(mask_token)  # CLS, its position, ...
+    return 3 * config.patch**2 * dim + dim + tokens * dim + depth * block + 2 * dim
 
 
 def flops_per_image(config: BackboneConfig, size: int) -> int:

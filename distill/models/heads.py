@@ -78,6 +78,7 @@ class DINOHead(nn.Module):
 
 
 def head_parameters(dim: int, config: HeadConfig) -> int:
-    """Trainable parameters of a head on features of width `dim`."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in DINOHead(dim, config).parameters())
+    """Trainable parameters of a head on features of width `dim`, by formula."""
+    widths = [dim] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
+    mlp = sum(a * b + b * config.bias for a, b in zip(widths, widths[1:], strict=False))
+    return mlp + config.prototypes * (config.bottleneck + 1)
