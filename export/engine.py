@@ -157,6 +157,10 @@ def _targets(trt: Any, runtime: EngineRuntime, capabilities: list[str]) -> list[
                 "tensorrt compiles only on a machine with the CUDA GPU that it compiles for, and there is none here."
             )
         return [found]
+    if not hasattr(trt, "ComputeCapability"):
+        raise EnvironmentFailed(
+            f"{runtime} {trt.__version__} compiles only for the GPU that it finds; install a newer {runtime}."
+        )
     known = {m.removeprefix("SM") for m in trt.ComputeCapability.__members__ if m.startswith("SM")}
     if unknown := [c for c in capabilities if c.replace(".", "") not in known]:
         names = ", ".join(f"{k[:-1]}.{k[-1]}" for k in sorted(known, key=int))

@@ -22,15 +22,15 @@ from export.graph import (
 )
 from export.quantize import Histogram, QuantizeConfig, activation_scales, plan_scales, quantize
 
-MSE = QuantizeConfig()
+DEFAULT = QuantizeConfig()
 
 
 @pytest.fixture(scope="module", params=["mlp", "swiglu"])
 def made(request, graphs):
     """(FP32 path, size, scales, INT8 model, plan, FP16 path) of a network, with the default settings."""
     _, path, size = graphs[f"{request.param}-fp32"]
-    scales = activation_scales(path, pictures(32, size), MSE)
-    return path, size, scales, *quantize(load_graph(path), scales, MSE), graphs[f"{request.param}-fp16"][1]
+    scales = activation_scales(path, pictures(32, size), DEFAULT)
+    return path, size, scales, *quantize(load_graph(path), scales, DEFAULT), graphs[f"{request.param}-fp16"][1]
 
 
 def run(data: bytes, images: torch.Tensor) -> list[torch.Tensor]:
@@ -49,7 +49,7 @@ def test_close_to_fp32_on_images_that_did_not_calibrate(made, batch):
     want, got = run(path.read_bytes(), images), run(serialize(model), images)
     assert 0.99 < worst_cosine(got, want) < 0.99999, "equal outputs would mean that nothing was quantized"
     scales = made[2]
-    half_int8, _ = quantize(load_graph(half), scales, MSE)
+    half_int8, _ = quantize(load_graph(half), scales, DEFAULT)
     assert worst_cosine(run(serialize(half_int8), images), want) > 0.99
 
 
@@ -97,7 +97,7 @@ def test_weights_per_output_channel_within_half_a_step(made):
 
 def test_the_fp16_graph_takes_the_same_scales_as_half_floats(made):
     _, _, scales, _, plan, half = made
-    model, half_plan = quantize(load_graph(half), plan_scales([e.to_json() for e in plan]), MSE)
+    model, half_plan = quantize(load_graph(half), plan_scales([e.to_json() for e in plan]), DEFAULT)
     types = element_types(model)
     assert type_counts(model) == {"FLOAT16": 5, "INT8": 8}
     used = {types[n.input[1]] for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
@@ -108,15 +108,15 @@ def test_the_fp16_graph_takes_the_same_scales_as_half_floats(made):
 
 def test_a_quarter_of_the_bytes(graphs):
     _, path, size = graphs["mlp-fp32"]
-    model, _ = quantize(load_graph(path), activation_scales(path, pictures(4, size), MSE), MSE)
+    model, _ = quantize(load_graph(path), activation_scales(path, pictures(4, size), DEFAULT), DEFAULT)
     assert len(serialize(model)) < 0.35 * path.stat().st_size
 
 
 def test_deterministic_and_the_source_untouched(graphs):
     _, path, size = graphs["swiglu-fp32"]
     source = load_graph(path)
-    first = serialize(quantize(source, activation_scales(path, pictures(8, size), MSE), MSE)[0])
-    second = serialize(quantize(load_graph(path), activation_scales(path, pictures(8, size), MSE), MSE)[0])
+    first = serialize(quantize(source, activation_scales(path, pictures(8, size), DEFAULT), DEFAULT)[0])
+    second = serialize(quantize(load_graph(path), activation_scales(path, pictures(8, size), DEFAULT), DEFAULT)[0])
     assert first == second
     assert serialize(source) == path.read_bytes()
 
@@ -145,9 +145,9 @@ def test_skip_that_cannot_be(graphs, skip, message):
 def test_scales_missing_or_no_images(graphs):
     _, path, size = graphs["mlp-fp32"]
     with pytest.raises(UserError, match=r"no scale for blocks\.0\.attn\.qkv"):
-        quantize(load_graph(path), {}, MSE)
+        quantize(load_graph(path), {}, DEFAULT)
     with pytest.raises(UserError, match="needs calibration images and got none"):
-        activation_scales(path, pictures(0, size), MSE)
+        activation_scales(path, pictures(0, size), DEFAULT)
 
 
 def test_images_setting_limits_what_calibrates(graphs):
@@ -165,7 +165,7 @@ def test_a_diverged_network_is_named(graphs):
     images = pictures(2, size)
     images[1, 0, 0, 0] = float("inf")
     with pytest.raises(UserError, match="not finite on the calibration images"):
-        activation_scales(path, images, MSE)
+        activation_scales(path, images, DEFAULT)
 
 
 def two_products_of_one_weight() -> onnx.ModelProto:
@@ -182,7 +182,7 @@ def two_products_of_one_weight() -> onnx.ModelProto:
 
 def test_a_weight_that_two_layers_share():
     """The exporter stores equal weights once: quantizing one layer must not take the other's floats away."""
-    model, plan = quantize(two_products_of_one_weight(), {"a": 0.1, "b": 0.1}, MSE)
+    model, plan = quantize(two_products_of_one_weight(), {"a": 0.1, "b": 0.1}, DEFAULT)
     assert len(plan) == 2
     assert sum(t.name == "w_int8" for t in model.graph.initializer) == 1
     model, _ = quantize(two_products_of_one_weight(), {"a": 0.1, "b": 0.1}, QuantizeConfig(skip=["b"]))
@@ -219,20 +219,25 @@ class TestHistogram:
             assert without_its_bin - 100 / len(magnitudes) <= q <= kept
         assert histogram.clip_point(QuantizeConfig(calibration="percentile", percentile=100.0)) == magnitudes.max()
 
-    def test_mse_finds_the_least_error_and_lets_an_outlier_go(self):
+    @pytest.mark.parametrize(("calibration", "exponent"), [("mse", 2), ("l3", 3)])
+    def test_the_least_error_and_an_outlier_let_go(self, calibration, exponent):
         values = np.append(np.random.default_rng(1).normal(size=400_000), 20.0).astype(np.float32)
 
         def error(point: float) -> float:
             step = point / 127
-            return float(((np.clip(np.round(values / step), -127, 127) * step - values) ** 2).mean())
+            return float((np.abs(np.clip(np.round(values / step), -127, 127) * step - values) ** exponent).mean())
 
-        point = self.of(values).clip_point(QuantizeConfig(calibration="mse"))
-        assert point < 12
+        point = self.of(values).clip_point(QuantizeConfig(calibration=calibration))
         assert error(point) < 1.02 * min(error(p) for p in np.geomspace(2, 20, 60))
-        assert error(point) < 0.5 * error(20.0)
+        assert error(point) < (0.5 if calibration == "mse" else 0.9) * error(20.0)
+        assert point < (12 if calibration == "mse" else 19)
+
+    def test_l3_lies_between_mse_and_minmax(self):
+        points = [self.of(self.values).clip_point(QuantizeConfig(calibration=c)) for c in ("mse", "l3", "minmax")]
+        assert points[0] < points[1] <= points[2]
 
     def test_a_dead_input(self):
-        assert self.of(np.zeros(5, np.float32)).clip_point(MSE) == 1.0
+        assert self.of(np.zeros(5, np.float32)).clip_point(DEFAULT) == 1.0
 
 
 def test_problems():
