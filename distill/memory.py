@@ -27,7 +27,7 @@ def training_bytes(training: TrainConfig, teacher: BackboneConfig, students: lis
 
 def activation_bytes(training: TrainConfig, config: BackboneConfig, dino: HeadConfig, ibot: HeadConfig) -> int:
     """Bytes that a student's forward pass keeps for its backward pass."""
-    dim, depth, heads, ffn = config.shape()
+    dim, depth, _, ffn = config.shape()
     crops, b = training.crops, training.batch
 
     def tokens(size: int) -> int:

@@ -1,5 +1,6 @@
 """What the student is asked: the sum of DINO, iBOT and KoLeo, against targets that one teacher pass provides for any number of students."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from distill.losses.koleo import koleo_loss
 from distill.losses.targets import Centring, SinkhornKnopp
 from distill.models.headed import HeadedBackbone, Outputs
 
-CENTRINGS = {"sinkhorn": lambda prototypes: SinkhornKnopp(), "centre": Centring}
+CENTRINGS: dict[str, Callable[[int], nn.Module]] = {"sinkhorn": lambda prototypes: SinkhornKnopp(), "centre": Centring}
 
 
 class ObjectivesConfig(Config):

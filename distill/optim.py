@@ -103,7 +103,8 @@ def clip_each(modules: Iterable[nn.Module], limit: float) -> list[Tensor]:
 @torch.no_grad()
 def update_average(average: nn.Module, module: nn.Module, momentum: float) -> None:
     """average <- momentum * average + (1 - momentum) * module, for all parameters at once."""
-    ours, theirs = list(average.parameters()), [p.detach() for p in module.parameters()]
+    ours: list[Tensor] = [p.detach() for p in average.parameters()]
+    theirs: list[Tensor] = [p.detach() for p in module.parameters()]
     torch._foreach_mul_(ours, momentum)
     torch._foreach_add_(ours, theirs, alpha=1 - momentum)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from distill.config import Config
 from distill.files import write_text
@@ -35,7 +35,7 @@ class Row(Config):
     n: int | None = None
     subject: str
     target: str
-    conditions: dict[str, Any] = {}
+    conditions: dict[str, Any] = Field(default_factory=dict)
     status: Literal["measured", "not measured"] = "measured"
     reason: str | None = None
 

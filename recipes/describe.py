@@ -22,7 +22,13 @@ def describe(recipe: Recipe, run: Path) -> RenderableType:
 
 def _models(r: Recipe) -> Table:
     table = Table(title=f"Models of {r.name} at {r.input.size} px", title_justify="left")
-    for name, justify in (("model", "left"), ("shape", "left"), ("parameters", "right"), ("heads", "right"), ("GFLOPs/image", "right")):
+    for name, justify in (
+        ("model", "left"),
+        ("shape", "left"),
+        ("parameters", "right"),
+        ("heads", "right"),
+        ("GFLOPs/image", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     rows: list[tuple[str, BackboneConfig, HeadConfig, HeadConfig | None]] = [
         ("teacher", r.teacher.backbone, r.teacher.dino_head, r.teacher.ibot_head)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from distill.config import Config
 from distill.data.preprocess import Preprocess
@@ -108,7 +108,7 @@ class Recipe(Config):
     students: dict[str, StudentConfig]
     distill: TrainConfig
     export: ExportConfig = ExportConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = BenchmarkConfig()
     report: ReportConfig = ReportConfig()
     bundle: BundleConfig = BundleConfig()

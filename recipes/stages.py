@@ -1,13 +1,15 @@
-"""The plan of a run: the main path from images to bundle, readable top to bottom. What a stage does is in `recipes/work.py`."""
+"""The plan of a run: the main path from images to bundle, readable top to bottom. What a stage does is in `work.py`
+and `shipping.py`."""
 
+from functools import partial
 from pathlib import Path
 
 from distill.files import sha256_json
 from export.targets import in_order, prerequisites
-from recipes import work
+from recipes import shipping, work
+from recipes.data import Data
 from recipes.marks import Stage
 from recipes.schema import Recipe
-from recipes.work import Data
 
 
 def plan(recipe: Recipe, run: Path) -> list[Stage]:
@@ -58,7 +60,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             config={"gates": r.export.gates.model_dump(), "resolutions": r.resolutions()},
             inputs=("distill", *(s.name for s in exports)),
             data=data.fingerprints("test", "train"),
-            work=work.parity(r, data, run),
+            work=shipping.parity(r, data, run),
         ),
         Stage(
             name="evaluate",
@@ -66,14 +68,14 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             config={"evaluate": r.evaluate.model_dump(), "seed": r.seed, "input": r.input.model_dump()},
             inputs=judged,
             data=data.fingerprints("gallery", "test"),
-            work=work.evaluate(r, data, run),
+            work=shipping.evaluate(r, data, run),
         ),
         Stage(
             name="benchmark",
             folder=Path("benchmark"),
             config={"benchmark": r.benchmark.model_dump()},
             inputs=judged,
-            work=work.benchmark(r, run),
+            work=shipping.benchmark(r, run),
         ),
     ]
     stages.append(
@@ -83,7 +85,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             config={"report": r.report.model_dump(), "recipe": sha256_json(r.model_dump(mode="json", exclude={"runtime"}))},
             inputs=tuple(s.name for s in stages),
             data=data.fingerprints("test"),
-            work=work.report(r, data, run),
+            work=shipping.report(r, data, run),
         )
     )
     stages.append(
@@ -93,7 +95,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             config={"bundle": r.bundle.model_dump()},
             inputs=("pretrain", "distill", "report", *(s.name for s in exports)),
             data=data.fingerprints("test", "train"),
-            work=work.bundles(r, data, run),
+            work=shipping.bundles(r, data, run),
             needs_gates=True,
         )
     )
@@ -110,9 +112,9 @@ def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:
             config={"target": target, "export": settings, "resolutions": r.resolutions(), "input": r.input.model_dump()},
             inputs=("distill", *(f"export/{student}/{t}" for t in prerequisites(target))),
             data={"train": data.fingerprint("train")},
-            work=work.export(r, data, run, student, target),
+            work=shipping.export(r, data, run, student, target),
             optional=not target.startswith("onnx"),
-            rows_if_skipped=lambda reason, target=target: work.unmeasured(student, target, reason),
+            rows_if_skipped=partial(shipping.unmeasured, student, target),
         )
         for target in in_order(r.export.targets)
     ]

@@ -91,7 +91,7 @@ def _collate(images: Iterator[Image.Image], s: LoaderSettings, step: int) -> Bat
     masks = torch.zeros(crops, grid[0] * grid[1], dtype=torch.bool)
     if s.masks is not None:
         g = np.random.default_rng((s.seed, 3, step, rank))
-        masks = torch.from_numpy(batch_masks(g, crops, grid, s.masks.probability, s.masks.ratio, min_block=s.masks.min_block))
+        masks = torch.from_numpy(batch_masks(g, crops, grid, s.masks.probability, s.masks.ratio, s.masks.min_block))
     return Batch(_pixels(views, range(2), s.normalize), _pixels(views, range(2, 2 + s.crops.local_count), s.normalize), masks)
 
 

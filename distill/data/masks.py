@@ -18,7 +18,8 @@ def block_mask(
 ) -> np.ndarray:
     """Mask close to, and never more than, `target` patches of a grid (rows, columns) with rectangles; bool [rows, columns].
 
-    Each rectangle's area is drawn between `min_block` and what remains (at most `max_share` of the grid), with log-uniform aspect. A rectangle is taken when it adds
+    Each rectangle's area is drawn between `min_block` and what remains (at most `max_share` of the grid), with
+    log-uniform aspect. A rectangle is taken when it adds
     1..remaining new patches; ten failures in a row end the mask, so a draw may fall a few short.
     """
     rows, columns = grid
@@ -47,7 +48,12 @@ def block_mask(
 
 
 def batch_masks(
-    g: np.random.Generator, crops: int, grid: tuple[int, int], probability: float, ratios: tuple[float, float], **kwargs: float
+    g: np.random.Generator,
+    crops: int,
+    grid: tuple[int, int],
+    probability: float,
+    ratios: tuple[float, float],
+    min_block: int = 4,
 ) -> np.ndarray:
     """Masks for a batch of global crops; bool [C, N].
 
@@ -59,5 +65,5 @@ def batch_masks(
     edges = np.linspace(*ratios, masked + 1)
     masks = np.zeros((crops, n), bool)
     for i in range(masked):
-        masks[i] = block_mask(g, grid, int(n * g.uniform(edges[i], edges[i + 1])), **kwargs).reshape(-1)
+        masks[i] = block_mask(g, grid, int(n * g.uniform(edges[i], edges[i + 1])), min_block).reshape(-1)
     return masks[g.permutation(crops)]

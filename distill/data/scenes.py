@@ -69,10 +69,9 @@ class Scene:
 class ScenesSource:
     """A Source (see sources.py): scene i depends only on (seed, split, size, noise, i), so a larger set begins with the smaller one."""
 
-    classes = list(CLASSES)
-
     def __init__(self, config: ScenesConfig):
         self.config = config
+        self.classes: list[str] | None = list(CLASSES)
         self.name = f"scenes-{config.split}-{config.seed}"
         self.skipped: dict[int, str] = {}
         self._images: dict[int, np.ndarray] = {}

@@ -36,10 +36,10 @@ class EvaluateConfig(Config):
         seed: of every random choice: shots, held-out fifth, order of the probe's images.
     """
 
-    ks: list[int] = Field([10, 20, 100, 200])
+    ks: list[int] = Field(default_factory=lambda: [10, 20, 100, 200])
     temperature: float = 0.07
     shots: int = 0
-    probe_lrs: list[float] = Field([0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0])
+    probe_lrs: list[float] = Field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0])
     probe_steps: int = 500
     probe_batch: int = 128
     probe_standardize: bool = True

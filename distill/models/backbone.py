@@ -6,7 +6,7 @@ matrices `fc1`/`fc2` where DINOv2 says `w12`/`w3`; `checkpoints.py` maps them.
 Shape legend: B batch, N patch tokens (h x w grid), R register tokens, T = 1 + R + N, D width, H W pixels.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -92,6 +92,7 @@ class Backbone(nn.Module):
 
         super().__init__()
         dim, depth, heads, ffn = config.shape()
+        mlp: Any = SwiGLUPacked if ffn == "swiglu" else Mlp
         hidden = config.hidden() * (2 if ffn == "swiglu" else 1)
         vit = VisionTransformer(
             img_size=config.image_size,
@@ -105,14 +106,14 @@ class Backbone(nn.Module):
             init_values=config.layer_scale,
             dynamic_img_size=True,
             act_layer=nn.SiLU if ffn == "swiglu" else nn.GELU,  # timm hands it to the packed SwiGLU as the gate
-            mlp_layer=SwiGLUPacked if ffn == "swiglu" else Mlp,
+            mlp_layer=mlp,
             weight_init="skip",
         )
         self.config = config
         self.dim, self.patch, self.n_blocks = dim, config.patch, depth
         self.patch_embed, self.blocks, self.norm = vit.patch_embed, vit.blocks, vit.norm
-        self.cls_token = vit.cls_token
-        self.pos_embed = vit.pos_embed
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (config.image_size // config.patch) ** 2, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, dim)) if config.registers else None
         self.drop_path = config.drop_path
@@ -143,11 +144,12 @@ class Backbone(nn.Module):
         if h * w == native and h == w:
             return self.pos_embed
         grid = self.pos_embed[:, 1:].float().reshape(1, m, m, self.dim).permute(0, 3, 1, 2)
-        kwargs = {"mode": "bicubic", "antialias": self.config.pos_antialias}
+        antialias = self.config.pos_antialias
         if (o := self.config.pos_offset) > 0:
-            grid = F.interpolate(grid, scale_factor=((h + o) / m, (w + o) / m), **kwargs)
+            factors = ((h + o) / m, (w + o) / m)
+            grid = F.interpolate(grid, scale_factor=factors, mode="bicubic", antialias=antialias)
         else:
-            grid = F.interpolate(grid, size=(h, w), **kwargs)
+            grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=antialias)
         assert grid.shape[-2:] == (h, w)
         patches = grid.permute(0, 2, 3, 1).reshape(1, h * w, self.dim).to(self.pos_embed.dtype)
         return torch.cat([self.pos_embed[:, :1], patches], 1)
@@ -173,7 +175,7 @@ class Backbone(nn.Module):
             x_BTD = torch.cat([x_BTD[:, :1], self.register_tokens.expand(b, -1, -1), x_BTD[:, 1:]], 1)
         return x_BTD
 
-    def run_block(self, block: nn.Module, x_BTD: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    def run_block(self, block: Any, x_BTD: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """One pre-norm block; in training with stochastic depth each residual runs on a random subset of the samples."""
         for norm, layer, scale in ((block.norm1, block.attn, block.ls1), (block.norm2, block.mlp, block.ls2)):
             b = x_BTD.shape[0]

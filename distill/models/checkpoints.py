@@ -62,8 +62,9 @@ def load_heads(folder: Path, dim: int) -> dict[str, DINOHead]:
     configs = model_info(folder)["heads"]
     if not configs:
         return {}
-    heads = nn.ModuleDict({n: DINOHead(dim, HeadConfig(**c)) for n, c in configs.items()})
-    return dict(load_into(heads, folder / "heads.safetensors").eval().items())
+    heads = {n: DINOHead(dim, HeadConfig(**c)) for n, c in configs.items()}
+    load_into(nn.ModuleDict(heads), folder / "heads.safetensors").eval()
+    return heads
 
 
 def load_preprocess(folder: Path) -> Preprocess:

@@ -3,6 +3,7 @@
 Shape legend: ... any leading dimensions, D width in, E bottleneck, K prototypes.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -54,7 +55,7 @@ class DINOHead(nn.Module):
         self.config = config
         widths = [dim] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
         parts: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(widths)):
             parts.append(nn.Linear(a, b, bias=config.bias))
             if i < config.layers - 1:
                 parts.append(nn.GELU())
@@ -80,5 +81,5 @@ class DINOHead(nn.Module):
 def head_parameters(dim: int, config: HeadConfig) -> int:
     """Trainable parameters of a head on features of width `dim`, by formula."""
     widths = [dim] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
-    mlp = sum(a * b + b * config.bias for a, b in zip(widths, widths[1:], strict=False))
+    mlp = sum(a * b + b * config.bias for a, b in pairwise(widths))
     return mlp + config.prototypes * (config.bottleneck + 1)

@@ -1,0 +1,268 @@
+"""What the stages after training do: export, proofs, measurements, report, bundle.
+
+Every function here returns `work(folder, progress)`; nothing is computed before that is called.
+"""
+
+import platform
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.data.preprocess import Preprocess
+from distill.encoder import Encoder, RawPixels, TorchEncoder
+from distill.errors import GateFailed
+from distill.files import sha256_file
+from distill.models.backbone import Backbone
+from distill.models.checkpoints import load_backbone, load_preprocess
+from distill.progress import Progress
+from distill.rows import Row, not_measured, read_rows, write_rows
+from recipes.data import Data
+from recipes.schema import Recipe
+from recipes.work import Work, student_seed
+
+PARITY_IMAGES = 64
+STRIP_IMAGES = 8
+
+
+def torch_encoder(model: Path, threads: int | None = None) -> Encoder:
+    """A trained model in PyTorch; `threads` is what the stopwatch set already."""
+    return TorchEncoder(load_backbone(model))
+
+
+def export(r: Recipe, data: Data, run: Path, student: str, target: str) -> Work:
+    def work(folder: Path, progress: Progress) -> None:
+        from export.targets import build_target, prerequisites
+
+        sources = {t: run / "export" / student / t for t in prerequisites(target)}
+        artifact = build_target(
+            target,  # type: ignore[arg-type]
+            r.export,
+            student,
+            run / "students" / student,
+            sources,
+            lambda size: data.tensors("train", r.export.quantize.images, r.input.preprocess(size)),
+            folder,
+            progress,
+        )
+        built = Row(
+            metric="build_s",
+            value=artifact.build_seconds,
+            n=1,
+            subject=f"students/{student}",
+            target=target,
+            conditions={"device": platform.machine(), "versions": artifact.versions},
+        )
+        write_rows(folder / "rows.jsonl", [built])
+
+    return work
+
+
+def unmeasured(student: str, target: str, reason: str) -> list[Row]:
+    """The rows of a target that could not be built here."""
+    metrics = ("knn_top1", "linear_top1", "cosine_min", "latency_p50_ms", "images_per_s", "size_mb")
+    return [not_measured(m, f"students/{student}", target, reason) for m in metrics]
+
+
+def artifacts_of(run: Path, student: str) -> list[Any]:
+    """The artifacts that were exported, in the order of their folders' names."""
+    from export.artifact import NAME, read_artifact
+
+    return [read_artifact(p.parent) for p in sorted((run / "export" / student).glob(f"*/{NAME}"))]
+
+
+def parity(r: Recipe, data: Data, run: Path) -> Work:
+    """Each artifact against what it was made from, at every resolution; raises GateFailed after the rows are written."""
+
+    def work(folder: Path, progress: Progress) -> None:
+        from export.artifact import Unrunnable, read_artifact
+        from export.parity import artifact_parity, failed_gates
+        from export.runtimes import open_artifact
+
+        rows: list[Row] = []
+        for student in r.students:
+            in_torch = torch_encoder(run / "students" / student)
+            for artifact in artifacts_of(run, student):
+                for entry in artifact.files:
+                    reference: Encoder = in_torch
+                    if artifact.source != "torch-fp32":
+                        try:
+                            source = read_artifact(run / "export" / student / artifact.source)
+                            reference = open_artifact(source, entry.resolution)
+                        except Unrunnable:
+                            reference = in_torch
+                    label = artifact.source if reference is not in_torch else "torch-fp32"
+                    images = data.tensors("test", PARITY_IMAGES, Preprocess.from_json(entry.preprocess))
+                    rows += artifact_parity(reference, artifact, images, f"students/{student}", label, entry.resolution)
+        write_rows(folder / "rows.jsonl", rows)
+        if failed := failed_gates(rows, r.export.gates):
+            raise GateFailed("\n".join(failed))
+
+    return work
+
+
+def evaluate(r: Recipe, data: Data, run: Path) -> Work:
+    def work(folder: Path, progress: Progress) -> None:
+        from distill.evaluate.pairs import paired_rows
+        from distill.evaluate.suite import evaluate as judge
+        from export.artifact import Unrunnable
+
+        subjects = [*_yardsticks(r), *_models(r, run), *_artifacts(r, run)]
+        if data.test is None:
+            reason = "The recipe names no test set (data.test)."
+            rows = [not_measured(m, s.subject, s.target, reason) for s in subjects for m in ("knn_top1", "linear_top1")]
+            write_rows(folder / "rows.jsonl", rows)
+            return
+        result = judge(r.evaluate, subjects, data.gallery, data.test, folder, progress, (Unrunnable,))
+        write_rows(folder / "rows.jsonl", result.rows + paired_rows(result.predictions, _pairs(r, run)))
+
+    return work
+
+
+def _yardsticks(r: Recipe) -> list[Any]:
+    from distill.evaluate.suite import Subject
+
+    preprocess = r.input.preprocess()
+    plain = r.input.model_copy(update={"normalize": "none"}).preprocess()
+    found = [Subject("raw", "pixels", RawPixels, plain, None)]
+    for name, backbone, seed in [
+        ("teacher", r.teacher.backbone, r.seed * 1000),
+        *((n, s.backbone, student_seed(r, n)) for n, s in r.students.items()),
+    ]:
+
+        def open_random(backbone: Any = backbone, seed: int = seed) -> Encoder:
+            torch.manual_seed(seed)
+            return TorchEncoder(Backbone(backbone))
+
+        key = f"random-{backbone.model_dump_json()}-{seed}-{torch.__version__}"
+        found.append(Subject(f"random/{name}", "torch-fp32", open_random, preprocess, key))
+    return found
+
+
+def _models(r: Recipe, run: Path) -> list[Any]:
+    from distill.evaluate.suite import Subject
+
+    folders = {"teacher": run / "teacher"} | {f"students/{n}": run / "students" / n for n in r.students}
+    folders |= {f"control/{n}": run / "control" / n for n, s in r.students.items() if s.control}
+    return [
+        Subject(
+            subject,
+            "torch-fp32",
+            partial(torch_encoder, folder),
+            load_preprocess(folder),
+            sha256_file(folder / "backbone.safetensors"),
+        )
+        for subject, folder in folders.items()
+    ]
+
+
+def _artifacts(r: Recipe, run: Path) -> list[Any]:
+    from distill.evaluate.suite import Subject
+    from export.runtimes import open_artifact
+
+    return [
+        Subject(
+            f"students/{student}",
+            artifact.target,
+            partial(open_artifact, artifact, entry.resolution),
+            Preprocess.from_json(entry.preprocess),
+            entry.sha256,
+        )
+        for student in r.students
+        for artifact in artifacts_of(run, student)
+        for entry in artifact.files
+    ]
+
+
+def _pairs(r: Recipe, run: Path) -> list[tuple[str, str]]:
+    """What the report compares: trained with untrained, teacher with pixels, distilled with control, artifact with PyTorch."""
+    found = [("teacher/torch-fp32", "random/teacher/torch-fp32"), ("teacher/torch-fp32", "raw/pixels")]
+    for name, student in r.students.items():
+        mine = f"students/{name}/torch-fp32"
+        found += [(mine, f"random/{name}/torch-fp32"), (mine, "teacher/torch-fp32")]
+        found += [(mine, f"control/{name}/torch-fp32")] if student.control else []
+        runnable = [a for a in artifacts_of(run, name) if a.runtime == "onnxruntime"]
+        found += [(f"students/{name}/{a.target}", mine) for a in runnable]
+    return found
+
+
+def benchmark(r: Recipe, run: Path) -> Work:
+    def work(folder: Path, progress: Progress) -> None:
+        from export.benchmark import Case
+        from export.benchmark import benchmark as measure
+        from export.runtimes import open_artifact
+
+        cases = []
+        for subject, model in {
+            "teacher": run / "teacher",
+            **{f"students/{n}": run / "students" / n for n in r.students},
+        }.items():
+            cases.append(
+                Case(
+                    subject,
+                    "torch-fp32",
+                    r.input.size,
+                    partial(torch_encoder, model),
+                    (model / "backbone.safetensors").stat().st_size,
+                    preprocess=load_preprocess(model),
+                )
+            )
+        for student in r.students:
+            for artifact in artifacts_of(run, student):
+                cases += [
+                    Case(
+                        f"students/{student}",
+                        artifact.target,
+                        entry.resolution,
+                        partial(open_artifact, artifact, entry.resolution),
+                        entry.bytes,
+                        artifact.max_batch,
+                    )
+                    for entry in artifact.files
+                ]
+        write_rows(folder / "rows.jsonl", measure(r.benchmark, cases, progress))
+
+    return work
+
+
+def report(r: Recipe, data: Data, run: Path) -> Work:
+    def work(folder: Path, progress: Progress) -> None:
+        from export.pictures import pca_strip
+        from export.report import write_report
+
+        rows = read_rows(run / "rows.jsonl")
+        models = {"teacher": run / "teacher"} | {f"students/{n}": run / "students" / n for n in r.students}
+        encoders = {name: torch_encoder(path) for name, path in models.items()}
+        pictures = data.pictures("test", STRIP_IMAGES)
+        strip = pca_strip(pictures, encoders, r.input.preprocess())
+        write_report(run, folder, rows, r.report, strip=strip)
+
+    return work
+
+
+def bundles(r: Recipe, data: Data, run: Path) -> Work:
+    def work(folder: Path, progress: Progress) -> None:
+        from export.bundle import build_bundle
+
+        lineage = {
+            "teacher_sha256": sha256_file(run / "teacher" / "backbone.safetensors"),
+            "train": {"name": data.train.name, "fingerprint": data.train.fingerprint()},
+            "recipe": (run / "recipe.yaml").read_text(encoding="utf-8"),
+        }
+        for student in r.students:
+            model = run / "students" / student
+            build_bundle(
+                r.bundle,
+                student,
+                {"name": r.name, "seed": r.seed},
+                artifacts_of(run, student),
+                model,
+                data.pictures("test", r.bundle.golden_images),
+                run / "report",
+                lineage | {"student_sha256": sha256_file(model / "backbone.safetensors")},
+                folder / f"{student}.tar.gz",
+                progress,
+            )
+
+    return work
