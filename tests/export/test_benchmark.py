@@ -206,6 +206,21 @@ def test_cases_take_turns():
     assert turns > 8
 
 
+def test_a_turn_does_not_pay_for_the_one_before():
+    """Whoever follows another case is ten times slower at first, as with cold caches: none of that is timed."""
+    clock, last = Clock(), []
+
+    class Polluted(FakeEncoder):
+        def __call__(self, images):
+            self.cold = 0 if last and last[-1] is self else 1
+            last.append(self)
+            return super().__call__(images)
+
+    cases = [Case("students/small", t, 32, lambda threads, t=t: Polluted(clock, t, 0.005)) for t in ("onnx-fp32", "onnx-int8")]
+    rows = benchmark(BenchmarkConfig(batches=[1], seconds=0.5, warmup_seconds=0.1), cases, QUIET, clock)
+    assert all(r.value == pytest.approx(5, rel=0.05) for r in find(rows, "latency_mean_ms"))
+
+
 def test_warm_up_waits_until_the_time_settles():
     clock = Clock()
     case = fake_case(clock, "onnx-fp32", 0.001, cold=30)
