@@ -215,6 +215,8 @@ class DatasetsConfig(Config):
         )
         if self.buffer < 1:
             found.append(f"buffer must be at least 1, got {self.buffer}")
+        if self.buffer != 1000 and not self.streaming:
+            found.append("buffer is used with streaming: true alone")
         if self.streaming and self.label is not None:
             found.append(f"label {self.label!r} cannot be read with streaming: true, which gives images alone")
         if self.name in BUILDERS and not self.data_files:
@@ -701,13 +703,13 @@ def load_named(config: DatasetsConfig) -> tuple[Any, dict[str, Any]]:
     )
     if unreachable and config.streaming:
         raise EnvironmentFailed(sentence)
-    online = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = bool(online or unreachable)  # straight to the local copy: no half minute of retries
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = bool(before or unreachable)  # straight to the local copy: no half minute of retries
     try:
         with _explained(config.name, unreachable=sentence):
             return datasets.load_dataset(config.name, config.config, data_files=files, **arguments), content
     finally:
-        datasets.config.HF_HUB_OFFLINE = online
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _saved_kind(path: Path) -> str | None:

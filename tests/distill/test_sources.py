@@ -3,6 +3,7 @@
 # mypy: disable-error-code="union-attr,arg-type,attr-defined,index,return-value,func-returns-value,assignment"
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -30,6 +31,7 @@ from distill.data.sources import (
     ParquetConfig,
     SourceConfig,
     StreamingSource,
+    _unreachable,
     checked,
     labels_of,
     skipped_summary,
@@ -230,14 +232,14 @@ def test_hopeless_data_is_a_sentence(tmp_path):
 
 def test_a_good_start_and_a_bad_rest_goes_on(tmp_path):
     """The rule of the first 100 is about them alone; later damage is replaced and counted however much it is."""
-    root = folder(tmp_path / "set", ("a",), 160)
+    root = folder(tmp_path / "set", ("a",), 200)
     source = FolderConfig(path=str(root)).build()
     for i in range(110):
         source.image(i)
     for row in source.order[110:].tolist():
         (root / "a" / f"{row:03}.png").write_bytes(BROKEN)
     assert len(set(numbers(source))) == 110
-    assert len(source.skipped) == 50
+    assert len(source.skipped) == 90
 
 
 def test_checked_drops_bad_and_unlabelled_items(tmp_path):
@@ -543,6 +545,15 @@ def test_an_unreachable_name_is_one_sentence_within_seconds(tmp_path, answer, st
     assert float(seconds) < 12
 
 
+def test_name_resolution_that_hangs_is_not_waited_for(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: time.sleep(20))
+    start = time.monotonic()
+    assert _unreachable("nosuch/thing", None, seconds=0.2) == "no answer"
+    assert time.monotonic() - start < 5
+
+
 # ---- streams ----
 
 
@@ -567,6 +578,10 @@ def test_stream_is_endless_seeded_and_shuffled_anew(tmp_path):
     assert sequence[:30] != sequence[30:60]
     assert take(source.iterate(0), 90) == sequence
     assert take(source.iterate(1), 30) != sequence[:30]
+    unbuffered = take(stream(tmp_path, buffer=1).iterate(0), 300)
+    starts = {unbuffered[i] for i in range(0, 300, 30)}
+    assert len(starts) > 1
+    assert starts <= {0, 10, 20}  # whole files in random order
     assert not hasattr(source, "__len__")
     assert source.labels() is None
 
@@ -578,6 +593,16 @@ def test_stream_resumes_exactly(tmp_path, bad):
         fresh = stream(tmp_path, bad=bad, buffer=8)
         assert take(fresh.iterate(3, skip=skip), 100 - skip) == sequence[skip:]
         assert take(fresh.iterate(3, skip=skip), 100 - skip) == sequence[skip:]  # now that it knows an epoch's length
+
+
+def test_known_epochs_are_skipped_unread(tmp_path, monkeypatch):
+    source = stream(tmp_path)
+    later = take(source.iterate(0), 305)[-5:]
+    read = []
+    shuffled = StreamingSource._shuffled
+    monkeypatch.setattr(StreamingSource, "_shuffled", lambda self, g: read.append(1) or shuffled(self, g))
+    assert take(source.iterate(0, skip=300), 5) == later
+    assert len(read) == 1
 
 
 def test_stream_splits_among_workers(tmp_path):
@@ -618,8 +643,9 @@ def test_a_broken_file_in_a_stream_is_a_sentence(tmp_path):
 
 def test_stream_counts_bad_items(tmp_path):
     source = stream(tmp_path, bad=(4, 5), buffer=4)
-    sequence = take(source.iterate(0), 30)
-    assert set(sequence) == set(range(30)) - {4, 5}
+    images = list(itertools.islice(source.iterate(0), 30))
+    assert {number(image) for image in images} == set(range(30)) - {4, 5}
+    assert len({id(image) for image in images}) == 30  # a stand-in is its own copy
     assert source.skipped_count == 2
     assert source.skipped_summary() == skipped_summary(source)
     assert source.skipped_summary().startswith("2 images of parquet/train were skipped (position")
@@ -637,11 +663,35 @@ def test_hopeless_streams_are_sentences(tmp_path):
         take(StreamingSource("c", empty, "image", 9, None, "").iterate(0), 1)
 
 
+class Rotting:
+    """A stream of one shard that is good in its first epoch alone."""
+
+    num_shards = 1
+    epochs = 0
+
+    def shard(self, num_shards, index):
+        return self
+
+    def iter(self, batch_size):
+        self.epochs += 1
+        for i in range(120):
+            yield {"image": [png(i) if self.epochs == 1 else BROKEN]}
+
+
+def test_a_stream_that_turns_bad_ends(tmp_path):
+    endless = StreamingSource("r", Rotting(), "image", 8, None, "").iterate(0)
+    assert len(take(endless, 120)) == 120
+    with pytest.raises(UserError, match="r: 120 of the first 240 images tried cannot be read"):
+        next(endless)
+
+
 def test_stream_of_local_folders_limits_and_fingerprints(tmp_path):
     path = str(saved(tmp_path / "kept"))
     source = DatasetsConfig(name=path, streaming=True, limit=6).build()
     assert sorted(take(source.iterate(0), 6)) == [0, 1, 2, 3, 4, 5]
     assert sorted(take(source.iterate(0, skip=6), 6)) == [0, 1, 2, 3, 4, 5]
+    several = take(stream(tmp_path / "w", each=4, limit=6).iterate(0), 60)
+    assert set(several) == {0, 1, 2, 3, 4, 5}
     images = DatasetsConfig(name=str(folder(tmp_path / "set", each=3)), streaming=True).build()
     assert sorted(take(images.iterate(0), 9)) == [0, 1, 2, 100, 101, 102, 200, 201, 202]
     first = stream(tmp_path / "x")
@@ -709,6 +759,7 @@ def test_configs_are_strict_and_tell_their_problems():
     assert FolderConfig(path=" ").problems() == ["path is empty"]
     assert ParquetConfig(path=[]).problems() == ["path lists no file"]
     assert ParquetConfig(path="x", image="a", label="a").problems() == ["image and label are both 'a'"]
+    assert DatasetsConfig(name="x", buffer=9).problems() == ["buffer is used with streaming: true alone"]
     many = DatasetsConfig(name="", split="", streaming=True, label="l", buffer=0, limit=-1)
     assert len(many.problems()) == 5
     assert all(not c.problems() for c in [FolderConfig(path="x"), ParquetConfig(path="x"), DatasetsConfig(name="x")])
