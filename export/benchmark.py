@@ -213,8 +213,8 @@ def open_case(case: Case, config: BenchmarkConfig, threads: int, clock: Clock) -
 
 
 def open_twin(opened: Opened, threads: int) -> Opened:
-    """The A/A partner: the first fp32 case (or else the first) opened once more; nothing when nothing runs here."""
-    ranked = sorted((case for case, _ in opened), key=lambda c: not c.target.endswith("fp32"))
+    """The A/A partner, opened once more: what others are compared with (ONNX FP32, else any FP32), else the first case."""
+    ranked = sorted((case for case, _ in opened), key=lambda c: (c.target != "onnx-fp32", not c.target.endswith("fp32")))
     return [(case, case.open(threads)) for case in ranked[:1]]
 
 

@@ -226,7 +226,7 @@ def render(report: dict[str, Any], rows: Sequence[Row], config: ReportConfig, st
         "digits": tables.digits,
         "duration": duration,
         "tenths": lambda v: f"{v:.1f}",
-        "moment": lambda text: str(text).replace("T", " ").replace("+00:00", "Z").replace("Z", " UTC"),
+        "moment": lambda text: str(text).replace("T", " ").replace("+00:00", "Z").replace("+0000", "Z").replace("Z", " UTC"),
         "condition": lambda v: json.dumps(v) if isinstance(v, dict | list) else "" if v is None else str(v),
     }
     environment.tests["measured"] = tables.measured

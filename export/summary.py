@@ -97,7 +97,9 @@ def _artifact(book: Book, subject: str, target: str, latency: Row | None) -> str
     parts = []
     paired = book.difference("knn_top1", subject, target, f"{subject}/torch-fp32")
     if paired is not None and paired.value is not None and paired.low is not None and paired.high is not None:
-        parts.append(f"{'loses' if paired.value < 0 else 'gains'} {_paired(paired)} against full precision")
+        same = f"is as accurate as at full precision (paired 95\u00a0% interval {_plain(paired.low)} to {_plain(paired.high)} points)"
+        change = f"{'loses' if paired.value < 0 else 'gains'} {_paired(paired)} against full precision"
+        parts.append(same if abs(paired.value) < 0.05 and paired.low <= 0 <= paired.high else change)
     full = f"{subject}/onnx-fp32"
     ratio = next(
         (r for r in book.all("latency_ratio", subject, target, resolution=book.resolution) if _same(r, full, latency)), None

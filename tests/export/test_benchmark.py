@@ -157,6 +157,14 @@ def test_the_noise_floor_silences_what_it_cannot_tell_apart():
     assert one(rows, "latency_ratio", target="rtx-int8").conditions["verdict"] == "FASTER"
 
 
+def test_the_noise_floor_is_of_what_others_are_compared_with():
+    clock = Clock()
+    cases = [fake_case(clock, "torch-fp32", 0.01, subject="teacher"), fake_case(clock, "onnx-fp32", 0.01)]
+    assert (
+        one(benchmark(CONFIG, cases, QUIET, clock), "noise_floor_percent").conditions["artifacts"] == "students/small onnx-fp32"
+    )
+
+
 def test_interleaving_keeps_a_slowing_machine_fair():
     """The machine becomes three times slower in mid-run: both cases suffer alike, so their ratio stays true."""
     clock = Clock()

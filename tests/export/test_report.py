@@ -338,6 +338,9 @@ def test_summary_does_not_flatter():
     assert "on 9,000 images where the student saw 7,680" in text
     assert "not measurably faster or slower than FP32 at batch 1" in text
     assert "FASTER" not in text
+    even = difference(0.0, 2.3, "students/small", "onnx-int8", "students/small/torch-fp32")
+    text = " ".join(summary([*rows, even])).replace("\u00a0", " ")
+    assert "is as accurate as at full precision (paired 95 % interval −2.3 to 2.3 points)" in text
 
 
 def test_summary_of_nothing_claims_nothing():
