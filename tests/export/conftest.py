@@ -1,6 +1,7 @@
 """Graphs that several tests read: exporting one takes seconds, so each is made once a session."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import MEDIUM, backbone
@@ -15,12 +16,13 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Backbone
     folder = tmp_path_factory.mktemp("graphs")
     mlp, swiglu = backbone(**MEDIUM), backbone(ffn="swiglu", registers=3)
     made = {}
-    for name, model, size, precision in [
+    wanted: list[tuple[str, Backbone, int, Any]] = [
         ("mlp-fp32", mlp, 32, "fp32"),
         ("mlp-fp16", mlp, 32, "fp16"),
         ("swiglu-fp32", swiglu, 56, "fp32"),
         ("swiglu-fp16", swiglu, 56, "fp16"),
-    ]:
+    ]
+    for name, model, size, precision in wanted:
         path = folder / f"{name}.onnx"
         export_onnx(model, path, size, precision)
         made[name] = model, path, size

@@ -100,7 +100,7 @@ def test_half_inside_float_at_the_borders_and_in_layer_norm(graphs, name):
 def test_layer_norm_weights_are_not_rounded_to_half(tmp_path):
     model = backbone()
     with torch.no_grad():
-        model.norm.weight.fill_(1.0001)  # rounds to 1 in half
+        model.get_parameter("norm.weight").fill_(1.0001)  # rounds to 1 in half
     export_onnx(model, tmp_path / "m.onnx", 32, "fp16")
     arrays = [numpy_helper.to_array(t) for t in load_graph(tmp_path / "m.onnx").graph.initializer]
     assert any(a.dtype == np.float32 and np.all(a == np.float32(1.0001)) for a in arrays if a.ndim == 1)
@@ -186,7 +186,7 @@ def test_a_size_that_is_no_multiple_of_the_patch(tmp_path, size):
 def test_weights_that_the_precision_cannot_hold(tmp_path, value, precision):
     model = backbone()
     with torch.no_grad():
-        model.blocks[1].mlp.fc1.weight[0, 0] = value
+        model.get_parameter("blocks.1.mlp.fc1.weight")[0, 0] = value
     with pytest.raises(UserError, match=r"blocks.1.mlp.fc1.weight holds values that are not finite in " + precision):
         export_onnx(model, tmp_path / "m.onnx", 32, precision)
     assert list(tmp_path.iterdir()) == []
