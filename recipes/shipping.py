@@ -13,7 +13,7 @@ import torch
 from distill.data.preprocess import Preprocess
 from distill.encoder import Encoder, RawPixels, TorchEncoder
 from distill.errors import GateFailed
-from distill.files import sha256_file
+from distill.files import sha256_file, write_json
 from distill.models.backbone import Backbone
 from distill.models.checkpoints import load_backbone, load_preprocess
 from distill.progress import Progress
@@ -191,6 +191,7 @@ def benchmark(r: Recipe, run: Path) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         from export.benchmark import Case
         from export.benchmark import benchmark as measure
+        from export.fingerprint import fingerprint
         from export.runtimes import open_artifact
 
         cases = []
@@ -221,7 +222,9 @@ def benchmark(r: Recipe, run: Path) -> Work:
                     )
                     for entry in artifact.files
                 ]
-        write_rows(folder / "rows.jsonl", measure(r.benchmark, cases, progress))
+        rows = measure(r.benchmark, cases, progress)
+        write_json(folder / "fingerprint.json", fingerprint())
+        write_rows(folder / "rows.jsonl", rows)
 
     return work
 
