@@ -124,9 +124,9 @@ class FolderConfig(Config):
     def build(self) -> ImageSource:
         """Raises: UserError: no such folder, no images in it, or labels asked for and none there."""
         root = Path(self.path).expanduser().absolute()
-        if not root.exists():
+        if not os.path.exists(root):
             raise missing(root)
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise UserError(f"{root} is a file where a folder of images is needed. Name its folder.")
         paths = list(image_files(str(root)))
         if not paths:
@@ -270,11 +270,12 @@ def source_from(value: "str | SourceConfig") -> "SourceConfig":
     if not isinstance(value, str):
         return value
     path = Path(value).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # where pathlib would raise (no permission, name too long) os.path says no
         return _folder_kind(value, path)
     if value.lower().endswith(".parquet"):
+        parquet_files(value)  # says so where there is none
         return ParquetConfig(path=value)
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(
             f"{value} is neither a parquet file nor a folder. Name a folder of images, parquet files, or a data set."
         )
@@ -286,6 +287,8 @@ def source_from(value: "str | SourceConfig") -> "SourceConfig":
 
 
 def _folder_kind(value: str, path: Path) -> "SourceConfig":
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{value} may not be read. Change its permissions or name another folder.")
     if _saved_kind(path):
         return DatasetsConfig(name=value)
     first_of = {
@@ -303,14 +306,19 @@ def _folder_kind(value: str, path: Path) -> "SourceConfig":
 def looks_like_path(value: str) -> bool:
     """Whether a string that names nothing here was meant as a path, not as a `datasets` name (`cifar10`, `owner/name`)."""
     parent = Path(value).expanduser().parent
-    return value.startswith((".", "/", "~")) or value.count("/") > 1 or "\\" in value or (parent != Path() and parent.is_dir())
+    return (
+        value.startswith((".", "/", "~"))
+        or value.count("/") > 1
+        or "\\" in value
+        or (parent != Path() and os.path.isdir(parent))
+    )
 
 
 def missing(path: Path) -> UserError:
     """The sentence for a path that does not exist, with the sibling that was probably meant."""
     path = path.expanduser().absolute()
     folder = path.parent
-    while not folder.is_dir():
+    while not os.path.isdir(folder):
         path, folder = folder, folder.parent
     try:
         near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
@@ -330,7 +338,7 @@ def parquet_files(path: str | list[str]) -> list[Path]:
     found: list[Path] = []
     for one in [path] if isinstance(path, str) else path:
         p = Path(one).expanduser().absolute()
-        if p.is_dir():
+        if os.path.isdir(p):
             inside = sorted(f for f in p.rglob("*.parquet") if not any(part.startswith(".") for part in f.relative_to(p).parts))
             splits = {SPLITS[word]: f for f in inside for word in re.findall("[a-z]+", f.stem.lower()) if word in SPLITS}
             if len(splits) > 1:
@@ -340,7 +348,7 @@ def parquet_files(path: str | list[str]) -> list[Path]:
             if not inside:
                 raise UserError(f"{p} holds no parquet files. Name a folder that does.")
             found += inside
-        elif p.exists():
+        elif os.path.exists(p):
             found.append(p)
         elif glob.has_magic(str(p)):
             matches = sorted(Path(m) for m in glob.glob(str(p), recursive=True))
@@ -652,9 +660,8 @@ class StreamingSource:
 
     def _cells_of_shards(self, g: np.random.Generator) -> Iterator[Any]:
         n = self.stream.num_shards
-        shards = (
-            range(n) if self.limit is not None else g.permutation(n).tolist()
-        )  # the first `limit` are the same in each epoch
+        # With a limit the first shards come first, so that each epoch has the same images.
+        shards = range(n) if self.limit is not None else g.permutation(n).tolist()
         for i in shards:
             # Not iter(shard): in a loader's worker that gives nothing but this worker's share.
             with _explained(self.name, f"The stream {self.name} broke off. Run the same command again to go on from there."):
@@ -678,7 +685,7 @@ def load_named(config: DatasetsConfig) -> tuple[Any, dict[str, Any]]:
     content: dict[str, Any] = {"config": config.config, "split": config.split, "revision": config.revision}
     files = config.data_files if config.data_files is None or isinstance(config.data_files, list) else [config.data_files]
     arguments = {"split": config.split, "revision": config.revision, "streaming": config.streaming}
-    if path.is_dir():
+    if os.path.isdir(path):
         inside = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
         content["files"] = files_fingerprint((os.fsencode(f.relative_to(path).as_posix()), f) for f in inside)
         with _explained(str(path)):
@@ -698,10 +705,11 @@ def load_named(config: DatasetsConfig) -> tuple[Any, dict[str, Any]]:
             ), content
     unreachable = _unreachable(config.name, config.revision)
     sentence = (
-        f"The data set {config.name!r} cannot be reached ({unreachable}) and no copy of it is on this machine, nor is there a "
-        "folder of that name here. Connect to the network, or name a local folder or parquet file."
+        f"The data set {config.name!r} cannot be reached ({unreachable or 'the connection broke off'}), no copy of "
+        f"{f'its revision {config.revision}' if config.revision else 'it'} is known on this machine, and there is no folder of "
+        "that name here. Connect to the network, or name a local folder or parquet file."
     )
-    if unreachable and config.streaming:
+    if unreachable and (config.streaming or config.revision):  # a copy does not say which revision it is of
         raise EnvironmentFailed(sentence)
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = bool(before or unreachable)  # straight to the local copy: no half minute of retries
@@ -731,7 +739,7 @@ def _saved(config: DatasetsConfig, kind: str, saved: Any) -> Any:
 
 def _local_files(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser().absolute()
-    found = [path] if path.exists() else sorted(Path(m) for m in glob.glob(str(path), recursive=True))
+    found = [path] if os.path.exists(path) else sorted(Path(m) for m in glob.glob(str(path), recursive=True))
     if not found:
         raise missing(path)
     return found
@@ -740,9 +748,8 @@ def _local_files(pattern: str) -> list[Path]:
 def _datasets() -> Any:
     import datasets
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = (
-        False  # a request for every load, local ones too, that a machine offline waits for
-    )
+    # Else every load, of local files too, sends a request that a machine without a network waits for.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it would log, it raises too
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -37,7 +37,7 @@ from distill.data.sources import (
     skipped_summary,
     source_from,
 )
-from distill.errors import UserError
+from distill.errors import EnvironmentFailed, UserError
 
 BROKEN = b"\xff\xd8\xff\xe0 this is no JPEG"
 
@@ -545,6 +545,27 @@ def test_an_unreachable_name_is_one_sentence_within_seconds(tmp_path, answer, st
     assert float(seconds) < 12
 
 
+def test_an_unreachable_name_is_served_from_its_copy(tmp_path, monkeypatch):
+    import datasets
+
+    path = parquet(tmp_path / "t.parquet", [png(i) for i in range(5)])
+    made = Path(datasets.load_dataset("parquet", data_files=str(path), split="train").cache_files[0]["filename"]).parent
+    copy = tmp_path / "cache" / "some___thing" / "default" / "0.0.0" / "0123"
+    shutil.copytree(made, copy)
+    (copy / "parquet-train.arrow").rename(copy / "thing-train.arrow")
+    info = json.loads((copy / "dataset_info.json").read_text())
+    (copy / "dataset_info.json").write_text(json.dumps({**info, "dataset_name": "thing", "config_name": "default"}))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("distill.data.sources._unreachable", lambda *_: "no network")
+    assert sorted(numbers(DatasetsConfig(name="some/thing").build())) == [0, 1, 2, 3, 4]
+    assert datasets.config.HF_HUB_OFFLINE is False
+    for config in (DatasetsConfig(name="some/other"), DatasetsConfig(name="some/thing", revision="v2")):
+        with pytest.raises(
+            EnvironmentFailed, match=r"cannot be reached \(no network\), no copy of (it|its revision v2) is known"
+        ):
+            config.build()
+
+
 def test_name_resolution_that_hangs_is_not_waited_for(monkeypatch):
     import huggingface_hub
 
@@ -731,8 +752,13 @@ def test_shorthand_errors(tmp_path, monkeypatch):
     for value in (f"{tmp_path}/photoss", "./photoss", "photos/al", "photos/all/dgo"):
         with pytest.raises(UserError, match=r"There is no .* Did you mean"):
             source_from(value)
+    parquet(tmp_path / "train.parquet", [png(0)])
+    with pytest.raises(UserError, match=r"Did you mean .*/train.parquet\?"):
+        source_from("trian.parquet")
     with pytest.raises(UserError, match=r"There is no .*/deeply. Name something that is in"):
         source_from("./deeply/nested/zzz")
+    with pytest.raises(UserError, match="There is no"):
+        source_from("/" + "x" * 300)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="neither"):
         source_from("notes.txt")
