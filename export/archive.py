@@ -2,9 +2,9 @@
 
 Every tar header is byte for byte what `tar_header` makes (mode 644, no owner, no time), padding is zero, and nothing follows
 the two closing blocks. So there are no links, devices, folders or extended headers to interpret. The gzip header has no name
-and no time, and carries the sha256 of all that follows it in an extra field, which other readers skip: deflate can say one thing in
-several ways, and this hash says which it was, so that no bit of a bundle can change unseen. The same files give the same bytes
-(with the same zlib).
+and no time, and carries the sha256 of all that follows it in an extra field, which other readers skip: deflate can say one
+thing in several ways, and this hash says which it was, so that no bit of a bundle can change unseen. The same files give the
+same bytes (with the same zlib).
 
 The reader is our own because `tarfile` reads whole extended headers into memory and follows conventions that no bundle needs.
 """
