@@ -561,7 +561,7 @@ class StreamingSource:
 
     Attributes:
         skipped: position -> reason, of the bad items that this process met.
-        skipped_count: how many were met, by this process and those forked from it.
+        skipped_count: how often one was met, by this process and those forked from it (each epoch meets it again).
     """
 
     classes = None
