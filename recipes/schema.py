@@ -88,15 +88,12 @@ class StudentConfig(Config):
 
     Attributes:
         dino_head, ibot_head: null: as the teacher's. K must be the teacher's; bottleneck and hidden width may differ.
-        warm_heads: start those layers of the heads whose shape is the teacher's (all but the first, where hidden width and bottleneck agree)
-            from the teacher's weights. The paper starts at random; over few images the warm start is worth points (README, quickstart).
         control: also train the same model from scratch, on the same images seen and schedule: the yardstick of distillation.
     """
 
     backbone: BackboneConfig
     dino_head: HeadConfig | None = None
     ibot_head: HeadConfig | None = None
-    warm_heads: bool = False
     control: bool = False
 
 

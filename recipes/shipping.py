@@ -125,7 +125,7 @@ def _yardsticks(r: Recipe) -> list[Any]:
 
     preprocess = r.input.preprocess()
     plain = r.input.model_copy(update={"normalize": "none"}).preprocess()
-    found = [Subject("raw", "pixels", RawPixels, plain, None)]
+    found = [Subject("raw", "pixels", RawPixels, plain, None), Subject("raw", "pixels-joint", partial(RawPixels, True), plain, None)]
     for name, backbone, seed in [
         ("teacher", r.teacher.backbone, r.seed * 1000),
         *((n, s.backbone, student_seed(r, n)) for n, s in r.students.items()),
@@ -178,6 +178,7 @@ def _artifacts(r: Recipe, run: Path) -> list[Any]:
 def _pairs(r: Recipe, run: Path) -> list[tuple[str, str]]:
     """What the report compares: trained with untrained, teacher with pixels, distilled with control, artifact with PyTorch."""
     found = [("teacher/torch-fp32", "random/teacher/torch-fp32"), ("teacher/torch-fp32", "raw/pixels")]
+    found.append(("teacher/torch-fp32", "raw/pixels-joint"))
     for name, student in r.students.items():
         mine = f"students/{name}/torch-fp32"
         found += [(mine, f"random/{name}/torch-fp32"), (mine, "teacher/torch-fp32")]

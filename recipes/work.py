@@ -15,7 +15,7 @@ from distill.errors import UserError
 from distill.memory import refuse_if_too_large, training_bytes
 from distill.models.backbone import Backbone
 from distill.models.checkpoints import load_backbone, load_heads, save_model
-from distill.models.headed import HeadedBackbone, warm_heads
+from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
 from distill.progress import Progress
 from distill.train import TrainConfig, train
@@ -86,9 +86,6 @@ def distill(r: Recipe, data: Data, run: Path) -> Work:
             return
         teacher = load_headed(run / "teacher")
         students = {name: fresh_student(r, name) for name in r.students}
-        for name, model in students.items():
-            if r.students[name].warm_heads and not warm_heads(model, teacher):
-                progress.say(f"distill: no layer of {name}'s heads has the teacher's shape; warm_heads changes nothing.", warning=True)
         trained = run_training(r, data, r.distill, students, teacher, folder, progress, "distill")
         save_trained(r, {folder / name: model for name, model in trained.items()}, r.distill, "distill", folder)
 

@@ -64,16 +64,3 @@ class HeadedBackbone(nn.Module):
 def frozen_copy(model: HeadedBackbone) -> HeadedBackbone:
     """An independent copy in evaluation mode that takes no gradient."""
     return deepcopy(model).requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def warm_heads(student: HeadedBackbone, teacher: HeadedBackbone) -> list[str]:
-    """Copy every head parameter of the teacher whose name and shape the student's head shares; the names copied."""
-    copied = []
-    for kind, head in student.heads().items():
-        theirs = teacher.heads()[kind].state_dict()
-        for name, mine in head.state_dict().items():
-            if name in theirs and theirs[name].shape == mine.shape:
-                mine.copy_(theirs[name])
-                copied.append(f"{kind}.{name}")
-    return copied
