@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["distill*", "export*", "recipes*"]),
-    package_data={"recipes": ["*.yaml"], "export": ["templates/*"]},
+    package_data={"recipes": ["*.yaml"], "export": ["templates/*", "templates/bundle/*"]},
     install_requires=[
         "torch>=2.11,!=2.13.0",  # the CPU wheel of 2.13.0 breaks torchvision, and with it timm
         "accelerate>=1.2",
@@ -30,6 +30,8 @@ setup(
         "onnxscript>=0.5",  # torch's ONNX exporter is built on it
         "onnxruntime>=1.20",
         "datasets>=3.2",
+        "pyarrow>=17",
+        "fsspec>=2024.6",
         "numpy>=1.26",
         "pillow>=11",
         "safetensors>=0.4.5",
@@ -41,7 +43,6 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "jinja2>=3.1",
-        "matplotlib>=3.9",
         "psutil>=6",
         RTX,
     ],

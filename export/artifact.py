@@ -43,7 +43,6 @@ class ExtraFile(Config):
     path: str
     sha256: str
     bytes: int
-    what: str
 
     _plain_name = field_validator("path")(plain_name)
 

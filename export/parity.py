@@ -130,7 +130,7 @@ def failed_gates(rows: list[Row], gates: Gates) -> list[str]:
             failed.append(f"{who}: {int(row.value)} values of {c['output']} are not finite.")
         if row.metric != "cosine_min" or row.value is None:
             continue
-        least = getattr(gates, c["precision"])
+        least = {"fp32": gates.fp32, "fp16": gates.fp16, "int8": gates.int8}[c["precision"]]
         if row.value < least:
             failed.append(
                 f"{who}: the worst of {row.n} {c['output']} vectors has cosine {row.value:.5f} to {c['source']}, "

@@ -135,11 +135,14 @@ class Book:
         return [k for k in self.subjects() if k[0].startswith("students/") and k[1] != "torch-fp32"]
 
 
+PLAIN = ("torch-fp32", "pixels", "pixels-joint")  # models and yardsticks; every other target is a file that ships
+
+
 def _order(key: tuple[str, str]) -> tuple[int, str, int, str]:
     subject, target = key
     kinds = ("raw", "random", "teacher", "students", "control")
     kind = subject.split("/")[0]
-    plain = target in ("torch-fp32", "pixels")
+    plain = target in PLAIN
     precisions = ("fp32", "fp16", "bf16", "int8")
     precision = target.rpartition("-")[2]
     rank = precisions.index(precision) if precision in precisions else len(precisions)
@@ -151,10 +154,10 @@ def _order(key: tuple[str, str]) -> tuple[int, str, int, str]:
 def label_of(subject: str, target: str) -> str:
     """`students/small`, `onnx-int8` -> "small, ONNX INT8"."""
     kind, _, name = subject.partition("/")
-    if target not in ("torch-fp32", "pixels"):
+    if target not in PLAIN:
         return f"{name or kind}, {target_name(target)}"
     return {
-        "raw": "Raw pixels",
+        "raw": "Raw pixels, channels together" if target == "pixels-joint" else "Raw pixels",
         "random": f"Random init., {name}" if name else "Random init.",
         "teacher": "Teacher",
         "students": f"Distilled student {name}",

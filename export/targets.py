@@ -163,7 +163,7 @@ def _int8_onnx(job: Job) -> Artifact:
         plans[size], types[size], count = [e.to_json() for e in plan], type_counts(graph), len(images)
         hashes[size] = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
     write_json(job.out / PLAN, plans)
-    made.extras.append(_extra(job.out / PLAN, "every quantized layer with its scales, by resolution"))
+    made.extras.append(_extra(job.out / PLAN))
     made.details = {
         "calibration": settings.calibration,
         "calibration_images": count,
@@ -185,7 +185,7 @@ def _engine(job: Job, runtime: EngineRuntime, precision: Literal["fp16", "int8"]
         graph, size = source.path(entry), str(entry.resolution)
         if precision == "int8":
             graph = _half_int8_graph(job, source, entry)
-            made.extras.append(_extra(graph, f"the graph of {entry.resolution} px that the engine was compiled from"))
+            made.extras.append(_extra(graph))
         batches = 1, job.config.opt_batch, job.config.max_batch
         path = job.out / f"model_{size}.engine"
         infos[size] = build_engine(graph, path, runtime, precision, batches, job.config.compute_capabilities)
@@ -289,8 +289,8 @@ def _described(path: Path, like: ArtifactFile) -> ArtifactFile:
     return like.model_copy(update={"path": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size})
 
 
-def _extra(path: Path, what: str) -> ExtraFile:
-    return ExtraFile(path=path.name, sha256=sha256_file(path), bytes=path.stat().st_size, what=what)
+def _extra(path: Path) -> ExtraFile:
+    return ExtraFile(path=path.name, sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -46,6 +46,8 @@ def export(r: Recipe, data: Data, run: Path, student: str, target: str) -> Work:
             folder,
             progress,
         )
+        if not artifact.runnable_here:
+            progress.say(f"export: {target} of {student} is compiled but cannot run here: {artifact.reason}.")
         built = Row(
             metric="build_s",
             value=artifact.build_seconds,
