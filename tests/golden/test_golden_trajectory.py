@@ -1,5 +1,7 @@
 """Items 08, 08b and 09: six steps of pretraining and of distillation, from the reference's weights and batches."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -122,7 +124,7 @@ def test_trajectory_golden(vectors, name):
         crops = Batch(at("collated_global_crops"), at("collated_local_crops"), at("collated_masks"))
         chosen = torch.ones_like(crops.masks) if distill else crops.masks
         targets = teacher_targets(guide, centrings, crops.global_crops, chosen, temperature(step))
-        terms, norms = student_step(s, crops, chosen, targets, config, schedules, step, OneProcess())
+        terms, norms = student_step(s, crops, chosen, targets, config, schedules, step, OneProcess(), nullcontext())
         for ours in terms:
             assert terms[ours] == pytest.approx(v[f"out/contribution/{ours}"][step].item(), rel=3e-6, abs=1e-7), (ours, step)
         assert sum(terms.values()) == pytest.approx(v["out/total_loss"][step].item(), rel=3e-6)
