@@ -98,6 +98,17 @@ def stop_requests() -> Iterator[StopFlag]:
 
 
 @contextmanager
+def cpu_threads(n: int | None) -> Iterator[None]:
+    """torch with n CPU threads, and what it had before afterwards: later stages must not depend on whether this one ran or was skipped."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def out_of_memory_sentence(batch: int, local_crops: int) -> Iterator[None]:
     """Out of memory, on whichever device, becomes a sentence that names what to lower."""
     try:

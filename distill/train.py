@@ -10,7 +10,6 @@ started again ends in the same weights, bit for bit on a CPU with the same numbe
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +29,18 @@ from distill.objectives import (
     target_statistics,
     teacher_targets,
 )
-from distill.optim import OptimConfig, Schedules, clip_each, make_optimizer, set_step, teacher_temperature, update_average
+from distill.optim import OptimConfig, Schedules, clip_each, set_step, teacher_temperature, update_average
 from distill.progress import Progress
-from distill.runtime import RuntimeConfig, TrainLog, default_workers, out_of_memory_sentence, stop_requests, uses_bf16
-from distill.training_state import load_state, save_state
+from distill.runtime import (
+    RuntimeConfig,
+    TrainLog,
+    cpu_threads,
+    default_workers,
+    out_of_memory_sentence,
+    stop_requests,
+    uses_bf16,
+)
+from distill.training_state import Student, prepare_student, resume, save_state
 
 MAX_BAD_STEPS = 5  # in a row, then the run stops: skipping goes on for ever when the weights themselves are ruined
 
@@ -76,38 +83,6 @@ class TrainConfig(Config):
         return found
 
 
-@dataclass
-class Student:
-    """One student in training: the module, its moving average, its optimiser, and the lines logged so far."""
-
-    module: HeadedBackbone
-    average: HeadedBackbone
-    optimizer: torch.optim.Optimizer
-    wrapped: nn.Module
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
-    last_terms: dict[str, float] = field(default_factory=dict)
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor that a step changes, by name."""
-        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        for name, p in self.module.named_parameters():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"adam.{key}.{name}"] = value
-        return tensors
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
-        self.average.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
-        parameters = dict(self.module.named_parameters())
-        for key, value in tensors.items():
-            if key.startswith("adam."):
-                _, kind, name = key.split(".", 2)
-                p = parameters[name]
-                self.optimizer.state[p][kind] = value if kind == "step" else value.to(p.device)
-
-
 Probe = Callable[[nn.Module], dict[str, float]]
 
 
@@ -148,17 +123,18 @@ def train(
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     # Not Accelerator's mixed precision: that is fixed for a whole process, and a run trains several models of different widths.
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=uses_bf16(config.precision, width))
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
     total, device = config.steps(), accelerator.device
     schedules = Schedules(config.optim, config.batch, total)
     temperature = teacher_temperature(config.objectives.teacher_temperature, config.objectives.temperature_warmup, total)
-    group = {name: prepare_student(model, config, accelerator) for name, model in students.items()}
+    group = {
+        name: prepare_student(model, config.optim, config.objectives, config.mask_input, accelerator)
+        for name, model in students.items()
+    }
     guide = next(iter(group.values())).average if teacher is None else frozen_copy(teacher).to(device)
     centrings = make_centrings(config.objectives, guide).to(device)
 
     checkpoint = folder / "checkpoint.safetensors"
-    start = _resume(checkpoint, group, centrings)
+    start = resume(checkpoint, group, centrings)
     main = accelerator.is_main_process
     logs = {n: TrainLog(folder / ("." if teacher is None else n) / "train.jsonl", start) for n in group} if main else {}
     settings = LoaderSettings(
@@ -172,6 +148,7 @@ def train(
     )
     began = time.monotonic()
     with (
+        cpu_threads(runtime.threads),
         stop_requests() as stop,
         progress.task(title, total, unit="step", start=start) as task,
         out_of_memory_sentence(config.batch, config.crops.local_count),
@@ -247,33 +224,6 @@ def student_step(
     extra = {"bad_steps": float(student.bad_steps)} if student.bad_steps else {}
     finite_or_zero = {k: v if v == v and abs(v) != float("inf") else 0.0 for k, v in named.items()}
     return {k: finite_or_zero[k] for k in terms}, {k: finite_or_zero[k] for k in norm_names} | extra
-
-
-def prepare_student(model: HeadedBackbone, config: TrainConfig, accelerator: Any) -> Student:
-    """Move a student to its device, copy its average, build its optimiser, wrap it for several processes."""
-    if not config.mask_input:
-        model.backbone.mask_token.requires_grad_(
-            False
-        )  # never used: a parameter without gradient stalls DistributedDataParallel
-    if not config.objectives.ibot and model.ibot is not None:
-        model.ibot.requires_grad_(False)
-    if not config.objectives.dino and model.ibot is not None:
-        model.dino.requires_grad_(False)
-    model.to(accelerator.device).train()
-    average = frozen_copy(model)
-    optimizer = make_optimizer(model.parts(), model.backbone.n_blocks, config.optim)
-    return Student(model, average, optimizer, accelerator.prepare_model(model))
-
-
-def _resume(checkpoint: Path, group: dict[str, Student], centrings: nn.ModuleDict) -> int:
-    """Load the checkpoint if there is one; the step to go on with."""
-    if not checkpoint.exists():
-        return 0
-    step, states, centring_state = load_state(checkpoint)
-    for name, student in group.items():
-        student.restore(states[name])
-    centrings.load_state_dict(centring_state)
-    return step
 
 
 def _crossed(step: int, batch: int, every: int, last: bool) -> bool:

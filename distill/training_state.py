@@ -1,12 +1,79 @@
-"""Checkpoints of a training in progress: one safetensors file, replaced whole."""
+"""What a training holds and how it is kept: the student with its average and optimiser, and the checkpoint, one safetensors file."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.files import replacing
+from distill.models.headed import HeadedBackbone, frozen_copy
+from distill.objectives import ObjectivesConfig
+from distill.optim import OptimConfig, make_optimizer
+
+
+@dataclass
+class Student:
+    """One student in training: the module, its moving average, its optimiser, and the lines logged so far."""
+
+    module: HeadedBackbone
+    average: HeadedBackbone
+    optimizer: torch.optim.Optimizer
+    wrapped: nn.Module
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    last_terms: dict[str, float] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that a step changes, by name."""
+        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for name, p in self.module.named_parameters():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"adam.{key}.{name}"] = value
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
+        self.average.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
+        parameters = dict(self.module.named_parameters())
+        for key, value in tensors.items():
+            if key.startswith("adam."):
+                _, kind, name = key.split(".", 2)
+                p = parameters[name]
+                self.optimizer.state[p][kind] = value if kind == "step" else value.to(p.device)
+
+
+def prepare_student(
+    model: HeadedBackbone, optim: OptimConfig, objectives: ObjectivesConfig, mask_input: bool, accelerator: Any
+) -> Student:
+    """Move a student to its device, copy its average, build its optimiser, wrap it for several processes."""
+    if not mask_input:
+        model.backbone.mask_token.requires_grad_(
+            False
+        )  # never used: a parameter without gradient stalls DistributedDataParallel
+    if not objectives.ibot and model.ibot is not None:
+        model.ibot.requires_grad_(False)
+    if not objectives.dino and model.ibot is not None:
+        model.dino.requires_grad_(False)
+    model.to(accelerator.device).train()
+    average = frozen_copy(model)
+    optimizer = make_optimizer(model.parts(), model.backbone.n_blocks, optim)
+    return Student(model, average, optimizer, accelerator.prepare_model(model))
+
+
+def resume(checkpoint: Path, group: dict[str, Student], centrings: nn.ModuleDict) -> int:
+    """Load the checkpoint if there is one; the step to go on with."""
+    if not checkpoint.exists():
+        return 0
+    step, states, centring_state = load_state(checkpoint)
+    for name, student in group.items():
+        student.restore(states[name])
+    centrings.load_state_dict(centring_state)
+    return step
 
 
 def save_state(path: Path, step: int, students: dict[str, dict[str, Tensor]], centrings: dict[str, Tensor]) -> None:

@@ -127,7 +127,10 @@ def _yardsticks(r: Recipe) -> list[Any]:
 
     preprocess = r.input.preprocess()
     plain = r.input.model_copy(update={"normalize": "none"}).preprocess()
-    found = [Subject("raw", "pixels", RawPixels, plain, None), Subject("raw", "pixels-joint", partial(RawPixels, True), plain, None)]
+    found = [
+        Subject("raw", "pixels", RawPixels, plain, None),
+        Subject("raw", "pixels-joint", partial(RawPixels, True), plain, None),
+    ]
     for name, backbone, seed in [
         ("teacher", r.teacher.backbone, r.seed * 1000),
         *((n, s.backbone, student_seed(r, n)) for n, s in r.students.items()),

@@ -113,6 +113,10 @@ def run_training(
     progress: Progress,
     title: str,
 ) -> dict[str, HeadedBackbone]:
+    from distill.data.sources import ImageSource, skipped_summary
+
+    if isinstance(data.train, ImageSource):
+        data.train.probe()  # hopeless data is a sentence now; in a loader's worker it would be a traceback
     teacher_config = (teacher or next(iter(students.values()))).backbone.config
     heads = [(s.dino.config, None if s.ibot is None else s.ibot.config) for s in students.values()]
     configs = [s.backbone.config for s in students.values()]
@@ -130,8 +134,7 @@ def run_training(
         title,
         knn_probe(r, data) if training.probe_every else None,
     )
-    summary = getattr(data.train, "skipped_summary", None)
-    if summary and (said := summary()):
+    if said := skipped_summary(data.train):
         progress.say(f"{title}: {said}", warning=True)
     return trained
 

@@ -13,7 +13,8 @@ from distill.models.headed import HeadedBackbone, frozen_copy
 from distill.models.heads import DINOHead, HeadConfig
 from distill.objectives import ObjectivesConfig, make_centrings, teacher_targets
 from distill.optim import OptimConfig, Schedules, teacher_temperature
-from distill.train import TrainConfig, prepare_student, student_step
+from distill.train import TrainConfig, student_step
+from distill.training_state import prepare_student
 
 
 class OneProcess:
@@ -111,7 +112,7 @@ def test_trajectory_golden(vectors, name):
         ),
         precision="fp32",
     )
-    s = prepare_student(student, config, OneProcess())
+    s = prepare_student(student, config.optim, config.objectives, config.mask_input, OneProcess())
     if distill:
         guide = frozen_copy(model_of(v, c, "in/teacher/", c["teacher_embed_dim"], c["teacher_depth"], c["teacher_num_heads"]))
     else:

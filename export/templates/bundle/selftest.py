@@ -219,7 +219,8 @@ def latency(model, tensor, seconds):
         return {}
     for _ in range(3):
         model.run(tensor)
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while len(times) < 3 or (time.perf_counter() < end and len(times) < 1000):
         start = time.perf_counter()
         model.run(tensor)
@@ -242,6 +243,7 @@ def result(check, status, text, **numbers):
 def load(name):
     """A module of this bundle by its path: nothing else of that name can stand in for it."""
     spec = importlib.util.spec_from_file_location(f"bundle_{name}", HERE / f"{name}.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
