@@ -1,6 +1,7 @@
 """Files that are either whole or absent: written beside their final name, flushed, renamed. Hashes of files and folders."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -22,6 +23,9 @@ def replacing(path: Path) -> Iterator[Path]:
         EnvironmentFailed: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".part-*-{glob.escape(path.name)}"):
+        if not _alive(left.name.split("-")[1]):
+            left.unlink(missing_ok=True)  # of a process that was killed
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         yield part
@@ -36,6 +40,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def _alive(pid: str) -> bool:
+    """Whether a process of this number runs; unknown counts as running."""
+    try:
+        os.kill(int(pid), 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return True
 
 
 def write_bytes(path: Path, data: bytes) -> None:

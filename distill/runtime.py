@@ -1,6 +1,7 @@
 """The surroundings of a training: settings that cannot change results, its log, signals, memory, the number format of the machine."""
 
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -50,8 +51,17 @@ class TrainLog:
         self.path = path
 
     def write(self, values: dict[str, Any]) -> None:
+        """Append a line; a value that is not finite becomes null."""
         with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) and k != "lr" else v for k, v in values.items()}) + "\n")
+            f.write(json.dumps({k: _loggable(k, v) for k, v in values.items()}, allow_nan=False) + "\n")
+
+
+def _loggable(name: str, value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    return value if name == "lr" else round(value, 6)
 
 
 def _whole_lines(path: Path) -> list[str]:

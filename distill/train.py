@@ -168,14 +168,17 @@ def train(
                     student.last_terms = terms
                     logs[name].write(shared | {"loss": sum(terms.values()), **terms, **norms, **target_statistics(targets)})
             done = step + 1
+            stopping = bool(stop)
+            if accelerator.num_processes > 1:  # the signal may reach the ranks at different steps, and they must leave together
+                stopping = bool(accelerator.reduce(torch.tensor(int(stopping), device=device), "sum"))
             if probe and config.probe_every and _crossed(step, config.batch, config.probe_every, done == total) and main:
                 for name, student in group.items():
                     logs[name].write({"step": step, "images": done * config.batch, **probe(student.average.backbone)})
             shown = {"loss": sum(next(iter(group.values())).last_terms.values())}
             task.advance(1, **shown)
-            if main and (done % runtime.checkpoint_every == 0 or done == total or stop):
+            if main and (done % runtime.checkpoint_every == 0 or done == total or stopping):
                 save_state(checkpoint, done, {n: s.state() for n, s in group.items()}, centrings.state_dict())
-            if stop:
+            if stopping:
                 raise KeyboardInterrupt
     accelerator.wait_for_everyone()
     return {n: s.average.cpu().eval() for n, s in group.items()}
@@ -222,8 +225,7 @@ def student_step(
     norm_names = [f"grad_norm_{n}" for n in student.module.parts()]
     named = dict(zip([*terms, *norm_names], values, strict=True))
     extra = {"bad_steps": float(student.bad_steps)} if student.bad_steps else {}
-    finite_or_zero = {k: v if v == v and abs(v) != float("inf") else 0.0 for k, v in named.items()}
-    return {k: finite_or_zero[k] for k in terms}, {k: finite_or_zero[k] for k in norm_names} | extra
+    return {k: named[k] for k in terms}, {k: named[k] for k in norm_names} | extra
 
 
 def _crossed(step: int, batch: int, every: int, last: bool) -> bool:

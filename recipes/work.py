@@ -151,6 +151,6 @@ def knn_probe(r: Recipe, data: Data) -> Callable[[nn.Module], dict[str, float]]:
             return {}
         if not made:
             made.append(QuickKnn(checked(data.gallery), checked(data.test), r.input.preprocess(), r.evaluate))
-        return made[0](TorchEncoder(backbone))
+        return made[0](TorchEncoder(backbone, str(next(backbone.parameters()).device)))
 
     return probe

@@ -61,7 +61,7 @@ class Centring(nn.Module):
         targets = torch.softmax((logits_SK.float() - self.centre) / temperature, -1)
         total = _sum_over_ranks(logits_SK.float().sum(0, keepdim=True))
         count = _sum_over_ranks(torch.tensor(float(logits_SK.shape[0]), device=logits_SK.device))
-        if count > 0:
+        if count > 0 and bool(total.isfinite().all()):  # one bad batch must not stay in the centre for ever
             self.centre.mul_(self.momentum).add_(total / count, alpha=1 - self.momentum)
         return targets
 
