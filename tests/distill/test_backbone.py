@@ -1,6 +1,7 @@
 """The backbone: its size by formula and by timm, tokens, stochastic depth, resolutions. Its numbers are held by tests/golden."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -13,15 +14,15 @@ from distill.models.backbone import ARCHS, Backbone, BackboneConfig, flops_per_i
 
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it does
 
-TINY = {"patch": 8, "image_size": 32, "dim": 32, "depth": 2, "heads": 2, "layer_scale": 1.0, "init": "fan_in"}
+TINY: dict[str, Any] = {"patch": 8, "image_size": 32, "dim": 32, "depth": 2, "heads": 2, "layer_scale": 1.0, "init": "fan_in"}
 
 
-def tiny(**changes) -> Backbone:
+def tiny(**changes) -> Any:
     torch.manual_seed(0)
     return Backbone(BackboneConfig(**(TINY | changes)))
 
 
-def random_tiny(**changes) -> Backbone:
+def random_tiny(**changes) -> Any:
     """Tokens differ from zero too, so that a missing or doubled one shows."""
     model = tiny(**changes)
     with torch.no_grad():
@@ -35,7 +36,15 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-VARIANTS = [{}, {"registers": 4}, {"layer_scale": 0.0}, {"image_size": 48}, {"ffn": "swiglu"}, {"dim": 40}, {"patch": 4}]
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"registers": 4},
+    {"layer_scale": 0.0},
+    {"image_size": 48},
+    {"ffn": "swiglu"},
+    {"dim": 40},
+    {"patch": 4},
+]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -50,7 +59,7 @@ def test_parameters_by_formula(arch, changes):
 def test_hidden_width_of_swiglu_is_two_thirds_rounded_up_to_eight():
     for dim, want in ((1536, 4096), (32, 88), (64, 176), (96, 256), (40, 112)):
         assert BackboneConfig(arch="vit_giant", dim=dim).hidden() == want
-        mlp = Backbone(BackboneConfig(**(TINY | {"dim": dim, "ffn": "swiglu", "depth": 1}))).blocks[0].mlp
+        mlp: Any = Backbone(BackboneConfig(**(TINY | {"dim": dim, "ffn": "swiglu", "depth": 1}))).blocks[0].mlp
         assert tuple(mlp.fc1.weight.shape) == (2 * want, dim)
         assert tuple(mlp.fc2.weight.shape) == (dim, want)
 
@@ -161,7 +170,8 @@ def counting_block(seen: list[int]):
 
 @pytest.mark.parametrize(("rate", "batch", "kept"), [(0.4, 10, 6), (0.3, 3, 2), (0.9, 4, 1), (0.5, 1, 1), (0.0, 5, 5)])
 def test_stochastic_depth_computes_a_subset_and_keeps_the_expectation(rate, batch, kept):
-    model, seen = tiny(drop_path=rate).train(), []
+    model = tiny(drop_path=rate).train()
+    seen: list[int] = []
     torch.manual_seed(0)
     draws = torch.stack([model.run_block(counting_block(seen), torch.zeros(batch, 1, 1)).flatten() for _ in range(2000)])
     assert set(seen) == {kept}
@@ -173,7 +183,8 @@ def test_stochastic_depth_computes_a_subset_and_keeps_the_expectation(rate, batc
 
 
 def test_stochastic_depth_only_in_training():
-    model, seen = tiny(drop_path=0.4).eval(), []
+    model = tiny(drop_path=0.4).eval()
+    seen: list[int] = []
     assert torch.equal(model.run_block(counting_block(seen), torch.zeros(10, 1, 1)), torch.full((10, 1, 1), 2.0))
     assert seen == [10, 10]
     images = torch.randn(10, 3, 32, 32)
@@ -189,8 +200,8 @@ def test_samples_without_a_residual_take_its_gradient_nowhere():
 
 
 def test_init():
-    wide = Backbone(BackboneConfig(dim=256, depth=1, heads=4, patch=8, image_size=32))
-    fan_in = Backbone(BackboneConfig(dim=256, depth=1, heads=4, patch=8, image_size=32, init="fan_in"))
+    wide: Any = Backbone(BackboneConfig(dim=256, depth=1, heads=4, patch=8, image_size=32))
+    fan_in: Any = Backbone(BackboneConfig(dim=256, depth=1, heads=4, patch=8, image_size=32, init="fan_in"))
     assert wide.blocks[0].mlp.fc2.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert fan_in.blocks[0].mlp.fc2.weight.std().item() == pytest.approx(1024**-0.5, rel=0.05)
     assert fan_in.patch_embed.proj.weight.std().item() == pytest.approx(192**-0.5, rel=0.05)

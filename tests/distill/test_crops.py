@@ -23,7 +23,7 @@ def boxes(width: int, height: int, scale: tuple[float, float], n: int = 3000, se
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scale", [(0.32, 1.0), (0.05, 0.32), (1.0, 1.0), (0.001, 0.001)], ids=str)
 def test_boxes_lie_inside(shape, scale):
-    left, top, right, bottom = boxes(*shape, scale, 300).T
+    left, top, right, bottom = boxes(shape[0], shape[1], scale, 300).T
     assert (left >= 0).all()
     assert (top >= 0).all()
     assert (right > left).all()
@@ -53,7 +53,7 @@ def test_boxes_are_distributed_as_torchvisions(shape):
     torch.manual_seed(0)
     image, scale = torch.empty(3, shape[1], shape[0]), (0.32, 1.0)
     theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(3000)])  # top left h w
-    left, top, right, bottom = boxes(*shape, scale).T
+    left, top, right, bottom = boxes(shape[0], shape[1], scale).T
     for ours, other in (
         (left, theirs[:, 1]),
         (top, theirs[:, 0]),

@@ -100,8 +100,16 @@ def test_other_errors_of_the_system_pass_through(tmp_path, monkeypatch):
 def test_what_is_written_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     order: list[str] = []
     sync, move = os.fsync, os.replace
-    monkeypatch.setattr(files.os, "fsync", lambda fd: (order.append("fsync"), sync(fd))[1])
-    monkeypatch.setattr(files.os, "replace", lambda a, b: (order.append("replace"), move(a, b))[1])
+
+    def noting(name: str, function: Any) -> Any:
+        def noted(*args: Any) -> None:
+            order.append(name)
+            function(*args)
+
+        return noted
+
+    monkeypatch.setattr(files.os, "fsync", noting("fsync", sync))
+    monkeypatch.setattr(files.os, "replace", noting("replace", move))
     write_bytes(tmp_path / "a", b"x")
     assert order == ["fsync", "replace"]
 
@@ -179,7 +187,7 @@ def test_rows_are_strict(given):
 @pytest.mark.parametrize("end", ["low", "high"])
 def test_the_ends_of_an_interval_are_finite(end):
     with pytest.raises(ValidationError):
-        Row(**ROW, value=1.0, **{end: float("nan")})
+        Row(**(ROW | {"value": 1.0, end: float("nan")}))
 
 
 def test_rows_do_not_share_their_conditions():

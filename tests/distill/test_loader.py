@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ BARE = CropsConfig(
 
 
 def settings(**changes) -> LoaderSettings:
-    base = {"crops": CROPS, "masks": MasksConfig(), "patch": 8, "normalize": "per_image", "batch": 6, "seed": 3}
+    base: dict[str, Any] = {"crops": CROPS, "masks": MasksConfig(), "patch": 8, "normalize": "per_image", "batch": 6, "seed": 3}
     return LoaderSettings(**(base | changes))
 
 

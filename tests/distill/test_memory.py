@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -19,8 +20,8 @@ from distill.models.heads import HeadConfig
 from distill.train import TrainConfig
 
 # Each is dominated by another term. Small heads have few prototypes and are narrow, so that they weigh nothing.
-SMALL_HEAD = {"prototypes": 64, "hidden": 64, "bottleneck": 32}
-CASES = {
+SMALL_HEAD: dict[str, Any] = {"prototypes": 64, "hidden": 64, "bottleneck": 32}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], bool]] = {
     "activations": ({"dim": 96, "depth": 4}, SMALL_HEAD, {"batch": 32, "global": 48, "local": 24, "count": 4}, True),
     "swiglu": ({"arch": "vit_giant", "dim": 96, "depth": 4}, SMALL_HEAD, {"batch": 32, "global": 48, "local": 24, "count": 2}, False),
     "weights": ({"dim": 384, "depth": 5}, SMALL_HEAD, {"batch": 2, "global": 32, "local": 16, "count": 1}, False),

@@ -1,6 +1,7 @@
 """Photometric changes against torchvision's, crop by crop; and how often each is drawn."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ torch.set_num_threads(1)  # small tensors: a second thread costs more than it do
 NOTHING = Changes(None, (0, 1, 2, 3), False, 0.0, False)
 OPS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 # torchvision rounds luma's red to 0.2989; hue divides by spans that may be tiny.
-CLOSE = {"rtol": 0, "atol": 3e-4}
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 3e-4}
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Rendered scenes: reproducible, balanced, and with nothing but the texture to tell the class."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -49,7 +51,8 @@ def test_a_larger_set_begins_with_the_smaller_one():
 @pytest.mark.parametrize("change", [{"split": "test"}, {"seed": 1}])
 def test_another_split_or_seed_shares_no_scene(change):
     """Noise would hide an equal scene, so there is none here."""
-    ours, theirs = (ScenesConfig(count=150, noise=0.0, **c).build() for c in ({}, change))
+    base: dict[str, Any] = {"count": 150, "noise": 0.0}
+    ours, theirs = (ScenesConfig(**b).build() for b in (base, base | change))
     a, b = ({s.scene(i).image.tobytes() for i in range(150)} for s in (ours, theirs))
     assert len(a) == len(b) == 150
     assert not a & b
@@ -58,7 +61,7 @@ def test_another_split_or_seed_shares_no_scene(change):
 
 @pytest.mark.parametrize("change", [{"count": 5}, {"size": 64}, {"seed": 1}, {"split": "test"}, {"noise": 0.1}])
 def test_the_fingerprint_tells_sets_apart(change):
-    base = {"count": 4}
+    base: dict[str, Any] = {"count": 4}
     assert ScenesConfig(**base).build().fingerprint() == ScenesConfig(**base).build().fingerprint()
     assert ScenesConfig(**(base | change)).build().fingerprint() != ScenesConfig(**base).build().fingerprint()
 

@@ -199,7 +199,7 @@ def test_the_papers_recipe_names_the_published_sizes():
 def test_heads_of_a_student():
     made = recipe(students__second=SECOND, students__small__ibot_head=HEAD | {"hidden": 64})
     assert made.heads_of("small")[0] == made.teacher.dino_head
-    assert made.heads_of("small")[1].hidden == 64
+    assert made.heads_of("small")[1] == made.students["small"].ibot_head
     assert made.heads_of("second") == (made.students["second"].dino_head, made.teacher.ibot_head)
     assert recipe(teacher__ibot_head=None).heads_of("small")[1] is None
 
@@ -231,7 +231,7 @@ def test_resolutions():
 )
 def test_preprocessing_keeps_its_proportion_at_other_resolutions(given, size, wanted):
     made = InputConfig(**given, interpolation="lanczos", normalize="none").preprocess(size)
-    assert made == Preprocess(*wanted, "lanczos", "none")
+    assert made == Preprocess(wanted[0], wanted[1], "lanczos", "none")
 
 
 def test_a_shape_that_passes_builds():
