@@ -65,6 +65,11 @@ def test_boxes_are_distributed_as_torchvisions(shape):
         assert abs(ours.std() - other.std()) < 0.1 * spread
 
 
+def test_every_place_is_reached():
+    found = boxes(5, 5, (0.35, 0.37))  # 3 x 3, or nearly
+    assert {tuple(b) for b in found} >= {(x, y, x + 3, y + 3) for x in range(3) for y in range(3)}
+
+
 def test_the_centre_when_nothing_fits():
     assert random_box(np.random.default_rng(0), 1000, 1, (0.9, 1.0)) == (499, 0, 500, 1)
     assert random_box(np.random.default_rng(0), 1000, 30, (0.9, 1.0)) == (480, 0, 520, 30)

@@ -150,7 +150,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 def test_the_same_image_gets_other_crops_each_time():
     one = ScenesConfig(count=1, size=32).build()
-    batch = next(batches(one, settings(batch=4), 0, 1, 0)).global_crops
+    batch = torch.cat([b.global_crops for b in batches(one, settings(batch=3), 0, 3, 0)])
+    assert batch.shape[0] == 18
     assert all(not torch.equal(a, b) for i, a in enumerate(batch) for b in batch[:i])
 
 

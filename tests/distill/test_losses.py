@@ -170,7 +170,10 @@ def test_koleo_is_finite_with_a_finite_gradient(dtype, kind):
 
 def test_koleo_under_autocast_is_float32():
     x = torch.randn(6, 8)
-    x[1] = x[0] + 1e-4  # equal in bf16, where only eps would be left of the distance
+    x[1], x[2] = (
+        x[0] + 0.02 * torch.randn(8),
+        x[0] + 1e-4 * torch.randn(8),
+    )  # in bf16 both are x[0], and the first would be taken
     with torch.autocast("cpu", torch.bfloat16):
         got = koleo_loss(x)
     torch.testing.assert_close(got, koleo_loss(x))
