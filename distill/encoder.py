@@ -62,13 +62,16 @@ class RawPixels:
 
 
 class TorchEncoder:
-    """A backbone in PyTorch as an Encoder: evaluation mode, no gradients, float32 out."""
+    """A backbone in PyTorch as an Encoder: evaluation mode, no gradients, float32 out; on a GPU where there is one."""
 
-    def __init__(self, backbone: nn.Module, device: str = "cpu"):
+    def __init__(self, backbone: nn.Module, device: str | None = None):
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone = backbone.to(device).eval()
         self.device = device
         self.target = "torch-fp32"
         self.conditions = {"runtime": f"torch {torch.__version__}", "precision": "fp32", "device": device}
+        if device == "cpu":
+            self.conditions["threads"] = torch.get_num_threads()
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:

@@ -3,14 +3,21 @@
 from distill.errors import EnvironmentFailed
 from distill.models.backbone import BackboneConfig, parameter_count
 from distill.models.heads import HeadConfig, head_parameters
+from distill.runtime import uses_bf16
 from distill.train import TrainConfig
 
 Heads = tuple[HeadConfig, HeadConfig | None]
 FLOAT = 4
 
 
-def training_bytes(training: TrainConfig, teacher: BackboneConfig, students: list[BackboneConfig], heads: list[Heads]) -> int:
-    """Bytes in float32: weights with gradients, Adam's moments and average; activations kept for backward; prototype logits.
+def training_bytes(
+    training: TrainConfig,
+    teacher: BackboneConfig,
+    students: list[BackboneConfig],
+    heads: list[Heads],
+    processes: int = 1,
+) -> int:
+    """Bytes on each of `processes`: weights with gradients, Adam's moments and average; activations kept for backward; prototype logits.
 
     Counts what grows with the settings and leaves out what a framework adds; measured peaks lie between 0.7 and 1.5 times of it
     (tests/distill/test_memory.py holds it to that).
@@ -21,14 +28,14 @@ def training_bytes(training: TrainConfig, teacher: BackboneConfig, students: lis
         dim = config.shape()[0]
         weights = parameter_count(config) + head_parameters(dim, dino) + (0 if ibot is None else head_parameters(dim, ibot))
         total += 5 * weights * FLOAT
-        one_after_the_other = max(one_after_the_other, activation_bytes(training, config, dino, ibot or dino))
+        one_after_the_other = max(one_after_the_other, activation_bytes(training, config, dino, ibot or dino, processes))
     return total + one_after_the_other
 
 
-def activation_bytes(training: TrainConfig, config: BackboneConfig, dino: HeadConfig, ibot: HeadConfig) -> int:
+def activation_bytes(training: TrainConfig, config: BackboneConfig, dino: HeadConfig, ibot: HeadConfig, processes: int) -> int:
     """Bytes that a student's forward pass keeps for its backward pass."""
     dim, depth, _, ffn = config.shape()
-    crops, b = training.crops, training.batch
+    crops, b = training.crops, training.batch / processes
 
     def tokens(size: int) -> int:
         return (size // config.patch) ** 2 + 1 + config.registers
@@ -37,13 +44,14 @@ def activation_bytes(training: TrainConfig, config: BackboneConfig, dino: HeadCo
     # Per block and token: two norms, qkv, attention's result and projection, two residuals, and the feed-forward's inner values.
     inner = config.hidden() * (2 if ffn == "mlp" else 4)
     blocks = depth * total_tokens * (10 * dim + inner)
-    patches = 2 * b * (tokens(crops.global_size) - 1 - config.registers)
-    chosen = patches if training.masks is None else round(patches * training.masks.probability * sum(training.masks.ratio) / 2)
+    patches: float = 2 * b * (tokens(crops.global_size) - 1 - config.registers)
+    chosen = patches if training.masks is None else patches * training.masks.probability * sum(training.masks.ratio) / 2
     rows = b * (2 + crops.local_count)
     # Logits, their log-softmax and its gradient for the student, logits and assignments for the teacher.
     logits = 3 * (rows * dino.prototypes + chosen * ibot.prototypes) + 2 * (2 * b * dino.prototypes + chosen * ibot.prototypes)
     images = 3 * b * (2 * crops.global_size**2 + crops.local_count * crops.local_size**2)
-    return FLOAT * (blocks + logits + 6 * images)
+    per_value = 2 if uses_bf16(training.precision, dim) else FLOAT  # of the blocks' activations; logits and images stay float32
+    return round(per_value * blocks + FLOAT * (logits + 6 * images))
 
 
 def refuse_if_too_large(needed: int, title: str) -> None:

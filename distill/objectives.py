@@ -81,7 +81,7 @@ def student_losses(out: Outputs, targets: Targets, config: ObjectivesConfig) -> 
             out.dino_global.view(2, b, k), out.dino_local.view(-1, b, k), targets.dino, t
         )
         terms = {name: config.dino * value for name, value in terms.items()}
-    if config.ibot and targets.weights.numel():
+    if config.ibot:  # also without any chosen patch: an empty sum keeps the head in every rank's graph
         terms["ibot"] = config.ibot * ibot_loss(out.ibot, targets.ibot, targets.weights, 2 * b, config.student_temperature)
     if config.koleo:
         first, second = out.cls.chunk(2)

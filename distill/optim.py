@@ -45,6 +45,8 @@ class OptimConfig(Config):
                 found.append(f"{name} is a share of the run between 0 and 1, got {getattr(self, name)}")
         if not all(0 <= m <= 1 for m in self.ema):
             found.append(f"ema holds two momenta between 0 and 1, got {list(self.ema)}")
+        if min(self.weight_decay) < 0:
+            found.append(f"weight_decay holds two numbers of at least 0, got {list(self.weight_decay)}")
         if self.clip <= 0:
             found.append(f"clip must be above 0, got {self.clip}")
         if not 0 < self.layer_decay <= 1:
@@ -97,7 +99,11 @@ def set_step(optimizer: torch.optim.Optimizer, schedules: Schedules, step: int) 
 
 def clip_each(modules: Iterable[nn.Module], limit: float) -> list[Tensor]:
     """Clip each module's gradient norm by itself; the norms before clipping."""
-    return [nn.utils.clip_grad_norm_(m.parameters(), limit, foreach=True) for m in modules]
+    norms = []
+    for module in modules:
+        norm = nn.utils.clip_grad_norm_(module.parameters(), limit, foreach=True)
+        norms.append(norm.to(next(module.parameters()).device))  # without any gradient it is a zero on the CPU
+    return norms
 
 
 @torch.no_grad()

@@ -13,14 +13,16 @@ import torch
 
 from distill.config import Config
 from distill.errors import EnvironmentFailed
+from distill.files import write_text
 
 
 class RuntimeConfig(Config):
-    """What cannot change results beyond rounding; outside every content key.
+    """What cannot change results beyond rounding; outside every content key. "Bit for bit" holds at one number of threads: do not change
+    it between a kill and the run that continues.
 
     Attributes:
         workers: processes that make crops; null: 1 on up to 4 cores, else half of the cores, at most 8.
-        threads: CPU threads of the matrix products; null: all cores. Part of "bit for bit": sums split differently round differently.
+        threads: CPU threads of the matrix products; null: all cores.
         checkpoint_every: steps between two checkpoints.
         log_every: steps between two lines of train.jsonl.
     """
@@ -42,13 +44,17 @@ class RuntimeConfig(Config):
 
 
 class TrainLog:
-    """train.jsonl: one JSON object a logged step; resuming drops the lines of steps that will be done again."""
+    """train.jsonl: one JSON object a logged step; resuming drops the lines of steps that will be done again.
+
+    Attributes:
+        seconds: what training took before it was resumed.
+    """
 
     def __init__(self, path: Path, start: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < start]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(line + "\n" for line in kept))
         self.path = path
+        self.seconds = max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line; a value that is not finite becomes null."""

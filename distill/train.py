@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distill.config import Config
 from distill.data.crops import CropsConfig
 from distill.data.loader import Batch, LoaderSettings, MasksConfig, batches
-from distill.errors import DecantError
+from distill.errors import DecantError, UserError
 from distill.models.headed import HeadedBackbone, frozen_copy
 from distill.objectives import (
     ObjectivesConfig,
@@ -116,14 +116,16 @@ def train(
     """
     if teacher is None and len(students) != 1:
         raise ValueError("without a frozen teacher there is exactly one student: its average is the teacher")
-    width = max(s.backbone.dim for s in students.values())
     from accelerate import Accelerator  # here: a plan needs this file's settings, not a second of imports
     from accelerate.utils import DistributedDataParallelKwargs
 
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    # Not Accelerator's mixed precision: that is fixed for a whole process, and a run trains several models of different widths.
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=uses_bf16(config.precision, width))
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     total, device = config.steps(), accelerator.device
+
+    # Not Accelerator's mixed precision: that is fixed for a whole process, and a run trains several models of different widths.
+    def autocast(model: HeadedBackbone) -> Any:
+        return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.precision, model.backbone.dim))
+
     schedules = Schedules(config.optim, config.batch, total)
     temperature = teacher_temperature(config.objectives.teacher_temperature, config.objectives.temperature_warmup, total)
     group = {
@@ -134,7 +136,10 @@ def train(
     centrings = make_centrings(config.objectives, guide).to(device)
 
     checkpoint = folder / "checkpoint.safetensors"
-    start = resume(checkpoint, group, centrings)
+    world = accelerator.num_processes
+    if config.batch % world or config.batch < 2 * world:
+        raise UserError(f"batch {config.batch} must be a multiple of the {world} processes, with at least 2 images each.")
+    start = resume(checkpoint, group, centrings, world)
     main = accelerator.is_main_process
     logs = {n: TrainLog(folder / ("." if teacher is None else n) / "train.jsonl", start) for n in group} if main else {}
     settings = LoaderSettings(
@@ -157,19 +162,24 @@ def train(
             torch.manual_seed((seed + 1) * 1_000_003 + step)  # stochastic depth
             batch = batch.to(device)
             chosen = batch.masks if config.masks is not None else torch.ones_like(batch.masks)
-            with autocast:
+            with autocast(guide):
                 targets = teacher_targets(guide, centrings, batch.global_crops, chosen, temperature(step))
             log_now = step % runtime.log_every == 0 or step == total - 1
             for name, student in group.items():
-                terms, norms = student_step(student, batch, chosen, targets, config, schedules, step, accelerator, autocast)
+                terms, norms = student_step(
+                    student, batch, chosen, targets, config, schedules, step, accelerator, autocast(student.module)
+                )
                 if log_now and main:
                     shared = {"step": step, "images": (step + 1) * config.batch, "lr": schedules.lr(step)}
-                    shared |= {"teacher_temperature": temperature(step), "seconds": round(time.monotonic() - began, 2)}
+                    shared |= {
+                        "teacher_temperature": temperature(step),
+                        "seconds": round(logs[name].seconds + time.monotonic() - began, 2),
+                    }
                     student.last_terms = terms
                     logs[name].write(shared | {"loss": sum(terms.values()), **terms, **norms, **target_statistics(targets)})
             done = step + 1
             stopping = bool(stop)
-            if accelerator.num_processes > 1:  # the signal may reach the ranks at different steps, and they must leave together
+            if world > 1:  # the signal may reach the ranks at different steps, and they must leave together
                 stopping = bool(accelerator.reduce(torch.tensor(int(stopping), device=device), "sum"))
             if probe and config.probe_every and _crossed(step, config.batch, config.probe_every, done == total) and main:
                 for name, student in group.items():
@@ -177,7 +187,7 @@ def train(
             shown = {"loss": sum(next(iter(group.values())).last_terms.values())}
             task.advance(1, **shown)
             if main and (done % runtime.checkpoint_every == 0 or done == total or stopping):
-                save_state(checkpoint, done, {n: s.state() for n, s in group.items()}, centrings.state_dict())
+                save_state(checkpoint, done, group, centrings, world)
             if stopping:
                 raise KeyboardInterrupt
     accelerator.wait_for_everyone()

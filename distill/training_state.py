@@ -1,11 +1,13 @@
 """What a training holds and how it is kept: the student with its average and optimiser, and the checkpoint, one safetensors file."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.errors import UserError
@@ -17,7 +19,7 @@ from distill.optim import OptimConfig, make_optimizer
 
 @dataclass
 class Student:
-    """One student in training: the module, its moving average, its optimiser, and the lines logged so far."""
+    """One student in training: the module, its moving average, its optimiser, and how often a step was skipped."""
 
     module: HeadedBackbone
     average: HeadedBackbone
@@ -65,43 +67,45 @@ def prepare_student(
     return Student(model, average, optimizer, accelerator.prepare_model(model))
 
 
-def resume(checkpoint: Path, group: dict[str, Student], centrings: nn.ModuleDict) -> int:
-    """Load the checkpoint if there is one; the step to go on with."""
+def resume(checkpoint: Path, group: dict[str, Student], centrings: nn.Module, world: int) -> int:
+    """Load the checkpoint if there is one; the step to go on with.
+
+    Raises:
+        UserError: it cannot be read, or was written by another number of processes (KoLeo and masks are made per process).
+    """
     if not checkpoint.exists():
         return 0
-    step, states, centring_state = load_state(checkpoint)
-    for name, student in group.items():
-        student.restore(states[name])
-    centrings.load_state_dict(centring_state)
-    return step
-
-
-def save_state(path: Path, step: int, students: dict[str, dict[str, Tensor]], centrings: dict[str, Tensor]) -> None:
-    """Write every tensor under `student/<name>/...` and `centring/...`, with the step in the metadata."""
-    from safetensors.torch import save_file
-
-    tensors = {f"student/{n}/{k}": v for n, state in students.items() for k, v in state.items()}
-    tensors |= {f"centring/{k}": v for k, v in centrings.items()}
-    with replacing(path) as part:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata={"step": str(step)})
-
-
-def load_state(path: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(steps done, state by student, state of the centrings)."""
-    students: dict[str, dict[str, Tensor]] = {}
-    centrings: dict[str, Tensor] = {}
     try:
-        with safe_open(path, framework="pt") as f:
-            step = int(f.metadata()["step"])
-            for key in f.keys():  # noqa: SIM118 (safe_open is no mapping)
-                kind, _, rest = key.partition("/")
-                if kind == "centring":
-                    centrings[rest] = f.get_tensor(key)
-                else:
-                    name, _, tensor = rest.partition("/")
-                    students.setdefault(name, {})[tensor] = f.get_tensor(key)
+        with safe_open(checkpoint, framework="pt") as f:
+            about = json.loads(f.metadata()["state"])
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        for name, student in group.items():
+            student.restore(under(tensors, f"student/{name}/"))
+            student.bad_steps, student.bad_in_a_row = about["bad"][name]
+        centrings.load_state_dict(under(tensors, "centring/"))
     except Exception as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(
-            f"{path} is not a readable checkpoint ({e}). Delete it to start this stage again from its beginning."
+            f"{checkpoint} is not a checkpoint of this training ({first}). Delete it to start this stage again from its beginning."
         ) from e
-    return step, students, centrings
+    if about["processes"] != world:
+        raise UserError(
+            f"{checkpoint} was written by {about['processes']} processes and this run has {world}: it would end in other weights. "
+            "Use as many as before, or delete the file to start this stage again."
+        )
+    return about["step"]
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def save_state(path: Path, step: int, group: dict[str, Student], centrings: nn.Module, world: int) -> None:
+    """Write every tensor under `student/<name>/...` and `centring/...`, with steps done and counters in the metadata."""
+    tensors = {f"student/{n}/{k}": v for n, student in group.items() for k, v in student.state().items()}
+    tensors |= {f"centring/{k}": v for k, v in centrings.state_dict().items()}
+    bad = {n: [student.bad_steps, student.bad_in_a_row] for n, student in group.items()}
+    about = json.dumps({"step": step, "processes": world, "bad": bad})
+    with replacing(path) as part:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata={"state": about})

@@ -7,7 +7,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,8 @@ def write_report(
     strip: bytes | None = None,
     fingerprint: dict[str, Any] | None = None,
     commands: Sequence[str] | None = None,
+    models: Collection[str] | None = None,
+    stages: Collection[str] | None = None,
 ) -> Path:
     """Write report.json, report.csv, report.md and index.html into `out_folder`; returns the page's path.
 
@@ -74,9 +76,10 @@ def write_report(
         strip: PNG of `pictures.pca_strip`.
         fingerprint: of the machine that measured; without it RUN/benchmark/fingerprint.json, and without that this machine's.
         commands: what reproduces the run; without them, the general ones.
+        models, stages: subjects and stages that belong to the recipe; None: all that lie in the folder, where an earlier recipe's may too.
     """
     config = config or ReportConfig()
-    report = collect(run_folder, rows, config, fingerprint, commands)
+    report = collect(run_folder, rows, config, fingerprint, commands, models, stages)
     page = render(report, rows, config, strip)
     write_json(out_folder / "report.json", report)
     write_text(out_folder / "report.csv", csv_text(rows))
@@ -93,13 +96,15 @@ def collect(
     config: ReportConfig,
     fingerprint: dict[str, Any] | None,
     commands: Sequence[str] | None,
+    models: Collection[str] | None,
+    stages: Collection[str] | None,
 ) -> dict[str, Any]:
     """All that the report knows, JSON-ready: what report.json holds and what the page is made of."""
     run = _json_or(run_folder / "run.json", {})
     stored = _json_or(run_folder / "benchmark" / "fingerprint.json", None)
     found = fingerprint or stored or fingerprint_now()
     recipe = run_folder / "recipe.yaml"
-    curves = training_curves(run_folder)
+    curves = {name: log for name, log in training_curves(run_folder).items() if models is None or name in models}
     return {
         "schema": SCHEMA,
         "title": config.title or run.get("recipe") or run_folder.name,
@@ -110,7 +115,7 @@ def collect(
         "fingerprint_of": "the machine that measured" if fingerprint or stored else "the machine that wrote this report",
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         "curves": curves,
-        "stages": stage_times(run_folder),
+        "stages": [s for s in stage_times(run_folder) if stages is None or s["stage"] in stages],
         "commands": list(commands or reproduce(found.get("commit"), run_folder.resolve().name)),
     }
 

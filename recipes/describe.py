@@ -89,6 +89,10 @@ def _stages(r: Recipe, run: Path) -> Iterator[RenderableType]:
     from recipes.decide import decide
     from recipes.stages import plan
 
+    if remote := [f"data.{role} ({name})" for role, name in _not_here(r)]:
+        yield Text(f"Which stages would run is open: {' and '.join(remote)} would have to be fetched first.", style="yellow")
+        return
+
     table = Table(title=f"Stages, into {run}", title_justify="left")
     for name in ("stage", "would", "because"):
         table.add_column(name)
@@ -99,3 +103,14 @@ def _stages(r: Recipe, run: Path) -> Iterator[RenderableType]:
         yield Text(f"Which stages would run is open: {e}", style="yellow")
         return
     yield table
+
+
+def _not_here(r: Recipe) -> Iterator[tuple[str, str]]:
+    """(role, name) of the data sets that are names on a hub: a check opens nothing that may be downloaded."""
+    from distill.data.hub import BUILDERS
+    from distill.data.sources import DatasetsConfig, source_from
+
+    for role, value in (("train", r.data.train), ("gallery", r.data.gallery), ("test", r.data.test)):
+        config = None if value is None else source_from(value)
+        if isinstance(config, DatasetsConfig) and config.name not in BUILDERS and not Path(config.name).expanduser().is_dir():
+            yield role, config.name

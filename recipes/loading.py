@@ -29,16 +29,20 @@ def find_recipe(path_or_name: str) -> File:
         UserError: there is neither.
     """
     path = File(path_or_name)
-    if path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as e:  # a name that no file can have
+        raise UserError(f"There is no recipe {path_or_name[:60]!r}... ({e.strerror}).") from e
+    if found:
         return path
     if path_or_name in shipped_names():
         return SHIPPED / f"{path_or_name}.yaml"
-    if path.is_dir():
+    if path_or_name and path.is_dir():
         raise UserError(f"{path_or_name} is a folder. Name a recipe file, or a shipped recipe: {', '.join(shipped_names())}.")
     near = difflib.get_close_matches(path_or_name.removesuffix(".yaml"), shipped_names(), 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(
-        f"There is no recipe {path_or_name!r}, neither as a file nor among the shipped ones; {hint}"
+        f"There is no recipe {path_or_name!r}, neither as a file nor among the shipped ones. {hint.capitalize()}"
         f"Shipped are {', '.join(shipped_names()) or 'none'}."
     )
 

@@ -132,7 +132,9 @@ def damage(folder: Path, done: dict[str, Any]) -> str | None:
 
 def move(source: Path, target: Path, foreign: Sequence[Path] = ()) -> None:
     """Move a stage's files, replacing what lies at the target. Marks leave first: a half-moved folder counts as not done."""
-    if not any(output_files(source, foreign)) and key_in(source) is None:
+    if key_in(source) is None:  # leftovers of nobody: they must not push out a whole version that the target may hold
+        for path in list(output_files(source, foreign)):
+            path.unlink()
         return
     shutil.rmtree(target, ignore_errors=True)
     names = [n for n in (DONE, STARTED) if (source / n).exists()]

@@ -71,7 +71,7 @@ def execute(
     if ranks.following():
         ranks.follow(run_folder, stages)
         return
-    last = names_of([until], stages) if until else {s.name for s in stages}
+    last = names_of([until], stages) if until is not None else {s.name for s in stages}
     cut = max(i for i, s in enumerate(stages) if s.name in last) + 1
     book = Book(run_folder, stages, force)
     _refuse_foreign(run_folder)
@@ -99,8 +99,10 @@ def run_info(run_folder: Path) -> dict[str, Any]:
         info = read_json(run_folder / "run.json")
     except (OSError, ValueError) as e:
         raise UserError(f"{run_folder} is not a run's folder (no readable run.json in it). `decant run` makes one.") from e
-    if info.get("format") != FORMAT:
-        raise UserError(f"{run_folder}/run.json has format {info.get('format')!r}, this version of decant reads {FORMAT!r}.")
+    if not isinstance(info, dict) or info.get("format") != FORMAT or not isinstance(info.get("recipe"), str):
+        raise UserError(
+            f"{run_folder}/run.json is not what this version of decant writes ({FORMAT}). Choose another folder with --out."
+        )
     return info
 
 
@@ -250,7 +252,9 @@ def _sentences(run_folder: Path) -> Iterator[None]:
         if _no_space(e):
             raise EnvironmentFailed(f"The disk is full (run folder {run_folder}). Free some space. {again}") from e
         if isinstance(e, MemoryError) or any(t in str(e).lower() for t in ("out of memory", "can't allocate memory")):
-            raise EnvironmentFailed(f"The memory does not suffice. Lower the batch size or the number of crops. {again}") from e
+            raise EnvironmentFailed(
+                f"The memory does not suffice. Lower the batch, the crops (number or size) or the prototypes. {again}"
+            ) from e
         raise
     finally:
         if main:

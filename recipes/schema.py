@@ -17,7 +17,7 @@ from distill.train import TrainConfig
 from export.benchmark import BenchmarkConfig
 from export.bundle import BundleConfig
 from export.report import ReportConfig
-from export.targets import ExportConfig
+from export.targets import ExportConfig, in_order
 
 Problem = tuple[str, str]
 
@@ -50,14 +50,9 @@ class InputConfig(Config):
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     normalize: Literal["imagenet", "per_image", "none"] = "imagenet"
 
-    def preprocess(self, size: int | None = None) -> Preprocess:
-        """The preprocessing at this resolution, or at another one in the same proportion."""
-        size = size or self.size
-        resize = round(size * (self.resize or self._default_resize()) / self.size)
-        return Preprocess(size, resize, self.interpolation, self.normalize)
-
-    def _default_resize(self) -> int:
-        return self.size if self.size < 128 else round(self.size * 256 / 224)
+    def preprocess(self) -> Preprocess:
+        resize = self.resize or (self.size if self.size < 128 else round(self.size * 256 / 224))
+        return Preprocess(self.size, resize, self.interpolation, self.normalize)
 
     def problems(self) -> list[str]:
         found = []
@@ -139,6 +134,15 @@ class Recipe(Config):
                 yield path, f"{name!r} names a folder: use letters, digits, - and _, beginning with a letter or digit"
         if not self.students:
             yield "students", "name at least one student"
+        if not 0 <= self.seed < 2**31:
+            yield "seed", f"must be at least 0 and below 2^31, got {self.seed}"
+        exported = set(in_order(list(self.export.targets)))
+        if missing := [t for t in self.bundle.targets or [] if t not in exported]:
+            yield "bundle.targets", f"{missing[0]} is not among export.targets"
+        if self.evaluate.seed < 0:
+            yield "evaluate.seed", f"must be at least 0, got {self.evaluate.seed}"
+        if self.input.size not in self.resolutions():
+            yield "export.resolutions", f"must contain input.size {self.input.size}: artifacts are compared with PyTorch there"
 
     def _shapes(self) -> Iterator[Problem]:
         patch = self.teacher.backbone.patch
@@ -189,6 +193,12 @@ class Recipe(Config):
             yield (
                 "teacher.train.mask_input",
                 "must be true while objectives.ibot is above 0: without masks the student only copies its own average",
+            )
+        controlled = [name for name, student in self.students.items() if student.control]
+        if controlled and self.distill.objectives.ibot and not self.control_training().mask_input:
+            yield (
+                f"students.{controlled[0]}.control",
+                "needs teacher.train.masks and mask_input while distill.objectives.ibot is above 0: the control is masked like the teacher",
             )
 
 

@@ -33,7 +33,7 @@ def torch_encoder(model: Path, threads: int | None = None) -> Encoder:
 
 def export(r: Recipe, data: Data, run: Path, student: str, target: str) -> Work:
     def work(folder: Path, progress: Progress) -> None:
-        from export.targets import build_target, prerequisites
+        from export.targets import at_resolution, build_target, prerequisites
 
         sources = {t: run / "export" / student / t for t in prerequisites(target)}
         artifact = build_target(
@@ -42,7 +42,7 @@ def export(r: Recipe, data: Data, run: Path, student: str, target: str) -> Work:
             student,
             run / "students" / student,
             sources,
-            lambda size: data.tensors("train", r.export.quantize.images, r.input.preprocess(size)),
+            lambda size: data.tensors("train", r.export.quantize.images, at_resolution(r.input.preprocess(), size)),
             folder,
             progress,
         )
@@ -67,11 +67,13 @@ def unmeasured(student: str, target: str, reason: str) -> list[Row]:
     return [not_measured(m, f"students/{student}", target, reason) for m in metrics]
 
 
-def artifacts_of(run: Path, student: str) -> list[Any]:
-    """The artifacts that were exported, in the order of their folders' names."""
+def artifacts_of(r: Recipe, run: Path, student: str) -> list[Any]:
+    """The artifacts of the recipe's targets that could be made here (folders of earlier recipes may lie beside them)."""
     from export.artifact import NAME, read_artifact
+    from export.targets import in_order
 
-    return [read_artifact(p.parent) for p in sorted((run / "export" / student).glob(f"*/{NAME}"))]
+    folders = [run / "export" / student / target for target in in_order(r.export.targets)]
+    return [read_artifact(f) for f in folders if (f / NAME).exists()]
 
 
 def parity(r: Recipe, data: Data, run: Path) -> Work:
@@ -85,7 +87,7 @@ def parity(r: Recipe, data: Data, run: Path) -> Work:
         rows: list[Row] = []
         for student in r.students:
             in_torch = torch_encoder(run / "students" / student)
-            for artifact in artifacts_of(run, student):
+            for artifact in artifacts_of(r, run, student):
                 for entry in artifact.files:
                     reference: Encoder = in_torch
                     if artifact.source != "torch-fp32":
@@ -175,7 +177,7 @@ def _artifacts(r: Recipe, run: Path) -> list[Any]:
             entry.sha256,
         )
         for student in r.students
-        for artifact in artifacts_of(run, student)
+        for artifact in artifacts_of(r, run, student)
         for entry in artifact.files
     ]
 
@@ -188,7 +190,7 @@ def _pairs(r: Recipe, run: Path) -> list[tuple[str, str]]:
         mine = f"students/{name}/torch-fp32"
         found += [(mine, f"random/{name}/torch-fp32"), (mine, "teacher/torch-fp32")]
         found += [(mine, f"control/{name}/torch-fp32")] if student.control else []
-        runnable = [a for a in artifacts_of(run, name) if a.runtime == "onnxruntime"]
+        runnable = [a for a in artifacts_of(r, run, name) if a.runtime == "onnxruntime"]
         found += [(f"students/{name}/{a.target}", mine) for a in runnable]
     return found
 
@@ -216,7 +218,7 @@ def benchmark(r: Recipe, run: Path) -> Work:
                 )
             )
         for student in r.students:
-            for artifact in artifacts_of(run, student):
+            for artifact in artifacts_of(r, run, student):
                 cases += [
                     Case(
                         f"students/{student}",
@@ -235,7 +237,7 @@ def benchmark(r: Recipe, run: Path) -> Work:
     return work
 
 
-def report(r: Recipe, data: Data, run: Path) -> Work:
+def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         from export.pictures import pca_strip
         from export.report import write_report
@@ -245,7 +247,8 @@ def report(r: Recipe, data: Data, run: Path) -> Work:
         encoders = {name: torch_encoder(path) for name, path in models.items()}
         pictures = data.pictures("test", STRIP_IMAGES)
         strip = pca_strip(pictures, encoders, r.input.preprocess())
-        write_report(run, folder, rows, r.report, strip=strip)
+        controls = [f"control/{n}" for n, s in r.students.items() if s.control]
+        write_report(run, folder, rows, r.report, strip=strip, models=[*models, *controls], stages=stages)
 
     return work
 
@@ -265,7 +268,7 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
                 r.bundle,
                 student,
                 {"name": r.name, "seed": r.seed},
-                artifacts_of(run, student),
+                artifacts_of(r, run, student),
                 model,
                 data.pictures("test", r.bundle.golden_images),
                 run / "report",

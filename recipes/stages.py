@@ -43,7 +43,12 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
                 Stage(
                     name=f"control/{name}",
                     folder=Path("control") / name,
-                    config=settings | {"student": _students(r)[name], "train": r.control_training().model_dump()},
+                    config=settings
+                    | {
+                        "student": _students(r)[name],
+                        "train": r.control_training().model_dump(),
+                        "input": r.input.model_dump(),
+                    },
                     data=train,
                     work=work.control(r, data, name),
                     together=True,
@@ -67,7 +72,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             folder=Path("evaluate"),
             config={"evaluate": r.evaluate.model_dump(), "seed": r.seed, "input": r.input.model_dump()},
             inputs=judged,
-            data=data.fingerprints("gallery", "test"),
+            data=data.fingerprints("gallery", "test") if r.data.test is not None else {},
             work=shipping.evaluate(r, data, run),
         ),
         Stage(
@@ -85,7 +90,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             config={"report": r.report.model_dump(), "recipe": sha256_json(r.model_dump(mode="json", exclude={"runtime"}))},
             inputs=tuple(s.name for s in stages),
             data=data.fingerprints("test"),
-            work=shipping.report(r, data, run),
+            work=shipping.report(r, data, run, [s.name for s in stages]),
         )
     )
     stages.append(

@@ -3,6 +3,7 @@
 Every function here returns `work(folder, progress)`; nothing is computed before that is called.
 """
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,20 @@ def load_headed(folder: Path) -> HeadedBackbone:
 
 
 def student_seed(r: Recipe, name: str) -> int:
-    """Distilled student and control start from the same weights."""
-    return r.seed * 1000 + 1 + sorted(r.students).index(name)
+    """Distilled student and control start from the same weights, whichever other students there are."""
+    return r.seed * 1000 + 1 + zlib.crc32(name.encode()) % 999
 
 
 def fresh_student(r: Recipe, name: str) -> HeadedBackbone:
     return fresh_model(r.students[name].backbone, *r.heads_of(name), student_seed(r, name))
 
 
-def finished(folders: list[Path]) -> bool:
-    """Whether training was done and only the stage's mark is missing: model.json is written last."""
-    return all((f / "model.json").exists() for f in folders)
+def finished(models: list[Path], stage: Path) -> bool:
+    """Whether training was done and only the stage's mark is missing: model.json is written last, then the checkpoint goes."""
+    if not all((m / "model.json").exists() for m in models):
+        return False
+    (stage / "checkpoint.safetensors").unlink(missing_ok=True)
+    return True
 
 
 def save_trained(r: Recipe, models: dict[Path, HeadedBackbone], training: TrainConfig, kind: str, stage: Path) -> None:
@@ -70,7 +74,7 @@ def save_trained(r: Recipe, models: dict[Path, HeadedBackbone], training: TrainC
 
 def pretrain(r: Recipe, data: Data) -> Work:
     def work(folder: Path, progress: Progress) -> None:
-        if finished([folder]):
+        if finished([folder], folder):
             return
         model = fresh_model(r.teacher.backbone, r.teacher.dino_head, r.teacher.ibot_head, r.seed * 1000)
         name = "teacher"
@@ -82,7 +86,7 @@ def pretrain(r: Recipe, data: Data) -> Work:
 
 def distill(r: Recipe, data: Data, run: Path) -> Work:
     def work(folder: Path, progress: Progress) -> None:
-        if finished([folder / name for name in r.students]):
+        if finished([folder / name for name in r.students], folder):
             return
         teacher = load_headed(run / "teacher")
         students = {name: fresh_student(r, name) for name in r.students}
@@ -94,7 +98,7 @@ def distill(r: Recipe, data: Data, run: Path) -> Work:
 
 def control(r: Recipe, data: Data, name: str) -> Work:
     def work(folder: Path, progress: Progress) -> None:
-        if finished([folder]):
+        if finished([folder], folder):
             return
         training = r.control_training()
         trained = run_training(r, data, training, {name: fresh_student(r, name)}, None, folder, progress, f"control/{name}")
@@ -113,6 +117,8 @@ def run_training(
     progress: Progress,
     title: str,
 ) -> dict[str, HeadedBackbone]:
+    from accelerate import PartialState
+
     from distill.data.sources import ImageSource, skipped_summary
 
     if isinstance(data.train, ImageSource):
@@ -120,7 +126,7 @@ def run_training(
     teacher_config = (teacher or next(iter(students.values()))).backbone.config
     heads = [(s.dino.config, None if s.ibot is None else s.ibot.config) for s in students.values()]
     configs = [s.backbone.config for s in students.values()]
-    refuse_if_too_large(training_bytes(training, teacher_config, configs, heads), title)
+    refuse_if_too_large(training_bytes(training, teacher_config, configs, heads, PartialState().num_processes), title)
     trained = train(
         training,
         students,

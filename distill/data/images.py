@@ -1,6 +1,6 @@
 """Encoded images become RGB whatever they are, or a BadImage with its reason; and a set of them that bad ones cannot stop.
 
-`decode` decodes. `Encoded` is a store of encoded images (`FolderImages` here, table cells in sources.py), and `ImageSource`
+`decode` decodes. `Encoded` is a store of encoded images (`FolderImages` here, table cells in tables.py), and `ImageSource`
 makes a map-style Source (see sources.py) of any store.
 """
 

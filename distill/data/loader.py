@@ -2,9 +2,12 @@
 state, and the number of worker processes changes nothing. Streams are the exception: they are read in order and skipped into place.
 """
 
+import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distill.config import Config
 from distill.data.crops import CropsConfig, Views, make_views
+from distill.data.images import ImageSource
 from distill.data.masks import batch_masks
 from distill.data.photometric import apply_changes
 from distill.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -125,11 +129,12 @@ class _Steps(Dataset):
         s = self.settings
         rank, world = s.share
         positions = range(step * s.batch + rank * s.batch // world, step * s.batch + (rank + 1) * s.batch // world)
-        return _collate((self.source.image(sample_index(s.seed, p, len(self.source))) for p in positions), s, step)
+        hint = {"shorter_side": useful_side(s.crops)} if isinstance(self.source, ImageSource) else {}
+        return _collate((self.source.image(sample_index(s.seed, p, len(self.source)), **hint) for p in positions), s, step)
 
 
 class _Stream(IterableDataset):
-    """A streaming source read in order by one worker from `start` on."""
+    """A streaming source from step `start` on, read by one worker; rank r of W takes every W-th position, so nothing is decoded twice."""
 
     def __init__(self, source: Any, settings: LoaderSettings, start: int, total: int):
         self.source, self.settings, self.start, self.total = source, settings, start, total
@@ -137,18 +142,35 @@ class _Stream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         s = self.settings
         rank, world = s.share
-        first, last = rank * s.batch // world, (rank + 1) * s.batch // world
-        images = self.source.iterate(s.seed, self.start * s.batch)
+        images = self.source.iterate(s.seed, self.start * s.batch + rank, world)
         for step in range(self.start, self.total):
-            whole = [next(images) for _ in range(s.batch)]
-            yield _collate(iter(whole[first:last]), s, step)
+            yield _collate(islice(images, s.batch // world), s, step)
 
 
 def batches(source: Any, settings: LoaderSettings, start: int, total: int, workers: int) -> Iterator[Batch]:
     """Batches of steps start..total-1, made `workers` processes ahead (0: in this process)."""
-    common: dict[str, Any] = {"batch_size": None, "num_workers": workers, "prefetch_factor": 4 if workers else None}
-    if hasattr(source, "iterate"):
-        common |= {"num_workers": min(workers, 1), "prefetch_factor": 4 if workers else None}
+    streams = hasattr(source, "iterate")
+    workers = min(workers, 1) if streams else workers
+    common: dict[str, Any] = {
+        "batch_size": None,
+        "num_workers": workers,
+        "prefetch_factor": 4 if workers else None,
+        "worker_init_fn": _leave_signals_to_the_loop,
+    }
+    if streams:
         yield from DataLoader(_Stream(source, settings, start, total), **common)
     else:
         yield from DataLoader(_Steps(source, settings), sampler=range(start, total), **common)
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """A signal to the whole process group must not take the workers from a loop that is about to write its checkpoint."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+
+
+def useful_side(crops: CropsConfig) -> int:
+    """The shorter side in pixels beyond which no crop gains detail: huge JPEGs need not be decoded in full."""
+    sides = [crops.global_size / crops.global_scale[0] ** 0.5]
+    sides += [crops.local_size / crops.local_scale[0] ** 0.5] if crops.local_count else []
+    return math.ceil(max(sides))

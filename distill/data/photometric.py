@@ -35,12 +35,12 @@ class Changes:
     @staticmethod
     def draw(g: np.random.Generator, config: CropsConfig, view: int) -> Changes:
         """Draw for view 0 or 1 (global) or 2 (local). The number of draws is constant, so settings do not shift the stream."""
-        u = g.random(8)
+        u = g.random(9)
         order = tuple(g.permutation(4).tolist())
         factors = [max(0.0, 1 + s * (2 * x - 1)) for s, x in zip(config.jitter[:3], u[:3], strict=True)]
         jitter = (factors[0], factors[1], factors[2], config.jitter[3] * (2 * u[3] - 1)) if u[4] < config.jitter_p else None
         low, high = config.blur_sigma
-        sigma = low + (high - low) * g.random() if u[6] < config.blur[view] else 0.0
+        sigma = low + (high - low) * u[8] if u[6] < config.blur[view] else 0.0
         return Changes(jitter, order, bool(u[5] < config.grey), sigma, bool(view == 1 and u[7] < config.solarise))
 
 

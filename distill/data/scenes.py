@@ -24,6 +24,8 @@ CLASSES = tuple(f"{pattern} {name}" for pattern in PATTERNS for name in ("coarse
 TILT = 0.1  # radians at most; a vertical stripe stays one
 CONTRAST = (0.05, 0.15)  # of the texture, as a share of full scale
 LIGHT = (0.5, 1.0)  # brightness falls or rises by this share from the middle to the border
+GENERATOR = 2  # raise it whenever other pixels come out: it is part of the fingerprint, and a test watches it
+CACHED_BYTES = 2**28  # of rendered images; larger sets are rendered again in each epoch
 SHAPES = ("wall", "disc", "square", "triangle")  # mask ids 0..3
 
 
@@ -47,6 +49,8 @@ class ScenesConfig(Config):
         found = []
         if self.count < 1:
             found.append(f"count must be at least 1, got {self.count}")
+        if self.size > 4096:
+            found.append(f"size must be at most 4096 px, got {self.size}")
         if self.size < 16:
             found.append(f"size must be at least 16 px so that the finest texture exists, got {self.size}")
         if not 0 <= self.noise <= 1:
@@ -85,11 +89,14 @@ class ScenesSource:
         return np.array([int(self._stream(i).integers(len(CLASSES))) for i in range(len(self))], np.int64)
 
     def fingerprint(self) -> str:
-        return sha256_json({"generator": 1, **self.config.model_dump()})[:16]
+        return sha256_json({"generator": GENERATOR, **self.config.model_dump()})[:16]
 
     def image(self, index: int) -> Image.Image:
         if index not in self._images:
-            self._images[index] = self.scene(index).image
+            rendered = self.scene(index).image
+            if len(self._images) * rendered.nbytes >= CACHED_BYTES:
+                return Image.fromarray(rendered)
+            self._images[index] = rendered
         return Image.fromarray(self._images[index])
 
     def scene(self, index: int) -> Scene:

@@ -47,7 +47,7 @@ class StreamingSource:
     def iterate(self, seed: int, skip: int = 0, step: int = 1) -> Iterator[Image.Image]:
         """Images at positions skip, skip + step, ... of the endless stream of `seed`; each epoch is shuffled anew.
 
-        Worker w of W takes `iterate(seed, first + w, W)`: together they give the one sequence, in any number of processes.
+        Rank r of W takes `iterate(seed, first + r, W)`: together they give the one sequence, in any number of processes.
         Skipped items are read, not decoded; epochs after the first are not even read.
 
         Raises:
@@ -147,5 +147,5 @@ def stream_source(
         stream = stream._resolve_features()
     column = image_column(name, stream.features, image)
     encoded = stream.select_columns([column]).cast_column(column, datasets_library().Image(decode=False))
-    fingerprint = sha256_json({**content, "image": column, "limit": limit})[:16]
+    fingerprint = sha256_json({**content, "image": column, "limit": limit, "buffer": buffer})[:16]
     return StreamingSource(name, encoded, column, buffer, limit, fingerprint)

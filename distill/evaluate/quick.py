@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from distill.data.sources import Source
 
 GALLERY, TEST, BATCH = 4000, 2000, 64
+HELD_BYTES = 2**29  # of preprocessed float32 images kept during training; fewer images at high resolutions
 
 
 class QuickKnn:
@@ -30,7 +31,8 @@ class QuickKnn:
         self.temperature = config.temperature
         if isinstance(split, str):
             return
-        g, t = (_spread(len(x), n) for x, n in ((split.gallery, GALLERY), (split.test, TEST)))
+        fitting = max(self.k, HELD_BYTES // (3 * preprocess.size**2 * 4) // 2)
+        g, t = (_spread(len(x), min(n, fitting)) for x, n in ((split.gallery, GALLERY), (split.test, TEST)))
         self.gallery_labels, self.test_labels = split.gallery_labels[g], split.test_labels[t]
         self.k = min(self.k, len(g))
         self.gallery = _images(gallery, split.gallery[g], preprocess)

@@ -57,7 +57,10 @@ class BackboneConfig(Config):
     def shape(self) -> tuple[int, int, int, str]:
         """(dim, depth, heads, feed-forward kind) after overrides."""
         dim, depth, heads, ffn = ARCHS[self.arch]
-        return self.dim or dim, self.depth or depth, self.heads or heads, self.ffn or ffn
+        dim = dim if self.dim is None else self.dim
+        depth = depth if self.depth is None else self.depth
+        heads = heads if self.heads is None else self.heads
+        return dim, depth, heads, self.ffn or ffn
 
     def hidden(self) -> int:
         """Width inside the feed-forward: 4 D, or for SwiGLU 2/3 of it rounded up to a multiple of 8."""
@@ -74,6 +77,8 @@ class BackboneConfig(Config):
             found.append(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if heads >= 1 and dim % heads:
             found.append(f"dim {dim} is not divisible by heads {heads}")
+        if self.registers < 0:
+            found.append(f"registers must be at least 0, got {self.registers}")
         if not 0 <= self.drop_path < 1:
             found.append(f"drop_path must be at least 0 and below 1, got {self.drop_path}")
         return found

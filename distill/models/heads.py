@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from distill.config import Config
 
+MOST = 2**24  # of any size in a head; beyond it a number is a slip of the finger
+
 
 class HeadConfig(Config):
     """A projection head (DINO paper, appendix C; sizes of DINOv2).
@@ -30,6 +32,12 @@ class HeadConfig(Config):
     layers: int = 3
     bias: bool = True
     init: Literal["dinov2", "fan_in"] = "dinov2"
+
+    def problems(self) -> list[str]:
+        least = {"prototypes": 2, "hidden": 1, "bottleneck": 1, "layers": 1}
+        sizes = {"prototypes": self.prototypes, "hidden": self.hidden, "bottleneck": self.bottleneck, "layers": self.layers}
+        found = [f"{n} must be at least {least[n]}, got {v}" for n, v in sizes.items() if v < least[n]]
+        return found + [f"{n} must be at most {MOST:,}, got {v}" for n, v in sizes.items() if v > MOST]
 
 
 class WeightNormedPrototypes(nn.Module):

@@ -72,7 +72,9 @@ def main() -> None:
     args = parser.parse_args()
     by_seed = {seed: run(seed, args.out, args.extra) for seed in args.seeds}
     results: dict[str, dict] = {"machine": {"python": platform.python_version(), "cpu": platform.processor()}, "values": {}}
-    print(f"kNN and linear accuracy in percent, mean over seeds {args.seeds} ± half of the 95 % interval of the mean; each seed in brackets\n")
+    print(
+        f"kNN and linear accuracy in percent, mean over seeds {args.seeds} ± half of the 95 % interval of the mean; each seed in brackets\n"
+    )
     print("| features | kNN | linear |\n|---|---|---|")
     for label, (subject, target) in SUBJECTS.items():
         cells = []
@@ -82,7 +84,9 @@ def main() -> None:
             results["values"][f"{label}/{metric}"] = values
             cells.append(f"{mean:.1f} ± {half:.1f} ({', '.join(f'{v:.1f}' for v in values)})")
         print(f"| {label} | {' | '.join(cells)} |")
-    print("\n| paired difference, kNN points | mean over seeds | each seed with its 95 % interval (n = test images) |\n|---|---|---|")
+    print(
+        "\n| paired difference, kNN points | mean over seeds | each seed with its 95 % interval (n = test images) |\n|---|---|---|"
+    )
     for label, (subject, target, versus) in DIFFERENCES.items():
         found = [find(rows, "knn_top1_difference", subject, target, versus) for rows in by_seed.values()]
         mean, half = over_seeds([float(r.value or 0) for r in found])

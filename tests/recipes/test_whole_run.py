@@ -45,6 +45,7 @@ runtime: {workers: 0, threads: 1, checkpoint_every: 7, log_every: 5}
 """
 STAGES = ["pretrain", "distill", "control/a", "export/a/onnx-fp32", "export/a/onnx-int8", "export/b/rtx-int8"]
 STAGES += ["parity", "evaluate", "benchmark", "report", "bundle"]
+TRAININGS = ("pretrain", "distill", "control/a")
 TIMED = ("latency", "images_per_s", "_s", "memory", "noise", "preprocess")
 
 
@@ -177,25 +178,30 @@ def test_contradictions_are_reported_all_at_once_with_lines(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_kill_9_in_the_middle_of_a_stage_changes_nothing(finished, recipe, tmp_path, stage):
-    folder = tmp_path / "tiny"
-    process = subprocess.Popen(command("run", recipe, "--out", folder), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    started = folder / folder_of(stage) / "started.json"
-    while process.poll() is None and not started.exists():
-        time.sleep(0.002)
-    # In the middle: trainings after their first checkpoint, the rest a moment into their work.
-    checkpoint = started.parent / "checkpoint.safetensors"
-    while process.poll() is None and stage.startswith(("pretrain", "distill", "control")) and not checkpoint.exists():
-        time.sleep(0.002)
-    time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (started.parent / "done.json").exists(), "the stage was done before the kill"
+def test_kill_9_in_the_middle_of_every_stage_changes_nothing(finished, recipe, tmp_path):
+    folder, missed = tmp_path / "tiny", []
+    for stage in STAGES:
+        process = subprocess.Popen(
+            command("run", recipe, "--out", folder), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        home = folder / folder_of(stage)
+        while process.poll() is None and not (home / "started.json").exists():
+            time.sleep(0.001)
+        # In the middle: trainings after their first checkpoint, the rest a moment into their work.
+        while process.poll() is None and stage in TRAININGS and not (home / "checkpoint.safetensors").exists():
+            time.sleep(0.001)
+        time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (home / "done.json").exists():
+            missed.append(stage)
+    assert not set(missed) & {*TRAININGS, "evaluate", "benchmark"}
+    assert len(missed) <= 2, f"done before the kill came: {missed}"
     again = decant("run", recipe, "--out", folder)
     assert again.returncode == 0, again.stderr[-3000:]
     assert weights(folder) == weights(finished)
     assert comparable(read_rows(folder / "rows.jsonl")) == comparable(read_rows(finished / "rows.jsonl"))
+    assert not list(folder.rglob(".part-*")), "unfinished writes were left behind"
 
 
 def folder_of(stage: str) -> str:

@@ -33,7 +33,8 @@ class Unavailable(Exception):
 def load(name):
     """A module of this bundle by its path: nothing else of that name can stand in for it."""
     spec = importlib.util.spec_from_file_location(f"bundle_{name}", HERE / f"{name}.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

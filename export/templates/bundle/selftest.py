@@ -243,7 +243,8 @@ def result(check, status, text, **numbers):
 def load(name):
     """A module of this bundle by its path: nothing else of that name can stand in for it."""
     spec = importlib.util.spec_from_file_location(f"bundle_{name}", HERE / f"{name}.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
