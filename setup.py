@@ -7,7 +7,10 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 # tensorrt_rtx publishes wheels for Linux and Windows on x86-64 only; elsewhere its targets say "not measured".
-RTX = "tensorrt_rtx>=1.3; (sys_platform == 'linux' or sys_platform == 'win32') and (platform_machine == 'x86_64' or platform_machine == 'AMD64')"
+RTX = (
+    "tensorrt_rtx>=1.3; (sys_platform == 'linux' or sys_platform == 'win32') "
+    "and (platform_machine == 'x86_64' or platform_machine == 'AMD64')"
+)
 
 TEST = ["pytest>=8", "pytest-timeout>=2", "beartype>=0.19", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"]
 

@@ -4,7 +4,7 @@ Shape legend: B batch, N patch tokens, D width, H W pixels.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class TorchEncoder:
         self.backbone = backbone.to(device).eval()
         self.device = device
         self.target = "torch-fp32"
-        self.conditions = {"runtime": f"torch {torch.__version__}", "precision": "fp32", "device": device}
+        self.conditions: dict[str, Any] = {"runtime": f"torch {torch.__version__}", "precision": "fp32", "device": device}
         if device == "cpu":
             self.conditions["threads"] = torch.get_num_threads()
 

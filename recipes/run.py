@@ -252,9 +252,8 @@ def _sentences(run_folder: Path) -> Iterator[None]:
         if _no_space(e):
             raise EnvironmentFailed(f"The disk is full (run folder {run_folder}). Free some space. {again}") from e
         if isinstance(e, MemoryError) or any(t in str(e).lower() for t in ("out of memory", "can't allocate memory")):
-            raise EnvironmentFailed(
-                f"The memory does not suffice. Lower the batch, the crops (number or size) or the prototypes. {again}"
-            ) from e
+            what = "The memory does not suffice. Lower the batch, the crops (number or size) or the prototypes."
+            raise EnvironmentFailed(f"{what} {again}") from e
         raise
     finally:
         if main:

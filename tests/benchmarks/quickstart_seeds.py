@@ -72,9 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     by_seed = {seed: run(seed, args.out, args.extra) for seed in args.seeds}
     results: dict[str, dict] = {"machine": {"python": platform.python_version(), "cpu": platform.processor()}, "values": {}}
-    print(
-        f"kNN and linear accuracy in percent, mean over seeds {args.seeds} ± half of the 95 % interval of the mean; each seed in brackets\n"
-    )
+    print(f"Accuracy in percent, mean over seeds {args.seeds} ± half of the 95 % interval of the mean; each seed in brackets\n")
     print("| features | kNN | linear |\n|---|---|---|")
     for label, (subject, target) in SUBJECTS.items():
         cells = []

@@ -13,11 +13,15 @@ from distill import training_state
 from distill.data.preprocess import Preprocess
 from distill.errors import EnvironmentFailed, UserError
 from distill.files import write_bytes
+from distill.losses.targets import Centring
 from distill.models import checkpoints
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, model_info, save_model
+from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
-from distill.training_state import load_state, save_state
+from distill.objectives import ObjectivesConfig
+from distill.optim import OptimConfig, update_average
+from distill.training_state import Student, prepare_student, resume, save_state
 
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it does
 
@@ -248,15 +252,15 @@ def full_disk(*args, **kwargs):
 
 @pytest.mark.xfail(strict=True, reason="defect 2: safetensors' own error of a full disk is no OSError and becomes a traceback")
 def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
-    monkeypatch.setattr(checkpoints, "save_file", full_disk, raising=False)
+    for module in (checkpoints, training_state):
+        monkeypatch.setattr(module, "save_file", full_disk, raising=False)
     monkeypatch.setattr(
         "distill.files.Path.write_bytes", lambda self, data: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     with pytest.raises(EnvironmentFailed, match="disk is full"):
         checkpoints.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
     with pytest.raises(EnvironmentFailed, match="disk is full"):
-        save_state(tmp_path / "c.safetensors", 1, {}, {"a": torch.zeros(3)})
+        save_state(tmp_path / "c.safetensors", 1, {"a": student(0)}, centrings(), 1)
 
 
 @pytest.mark.xfail(
@@ -269,45 +273,90 @@ def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path):
     assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {p.name: want for p in tmp_path.iterdir()}
 
 
+class OneProcess:
+    device = torch.device("cpu")
+
+    def prepare_model(self, module: torch.nn.Module) -> torch.nn.Module:
+        return module
+
+
+def student(seed: int, steps: int = 0, heads: int = 2) -> Student:
+    """A student that took steps, so that its average and Adam's moments differ from their beginnings."""
+    torch.manual_seed(seed)
+    config = BackboneConfig(dim=16, depth=1, heads=heads, patch=8, image_size=16, layer_scale=1.0, init="fan_in")
+    model = HeadedBackbone(Backbone(config), DINOHead(16, HEADS["dino"]), None)
+    made = prepare_student(model, OptimConfig(), ObjectivesConfig(), True, OneProcess())
+    for _ in range(steps):
+        model.dino(model.backbone(torch.randn(2, 3, 16, 16)).cls).square().sum().backward()
+        for group in made.optimizer.param_groups:
+            group["lr"] = 0.01
+        made.optimizer.step()
+        update_average(made.average, model, 0.9)
+        made.optimizer.zero_grad()
+    return made
+
+
+def centrings() -> torch.nn.ModuleDict:
+    return torch.nn.ModuleDict({"dino": Centring(12), "ibot": Centring(12)})
+
+
 def test_training_state_round_trip(tmp_path):
-    students = {
-        "a": {"module.w": torch.randn(3, 4), "adam.step.w": torch.tensor(7.0)},
-        "b-2": {"module.blocks.0/x": torch.arange(3), "average.w": torch.randn(2).to(torch.bfloat16)},
-    }
-    centrings = {"dino.centre": torch.randn(1, 5)}
-    save_state(tmp_path / "c.safetensors", 42, students, centrings)
-    step, loaded, centres = load_state(tmp_path / "c.safetensors")
-    assert step == 42
-    assert loaded.keys() == students.keys()
-    for name, state in students.items():
-        assert loaded[name].keys() == state.keys()
-        assert all(torch.equal(loaded[name][k], v) and loaded[name][k].dtype == v.dtype for k, v in state.items())
-    assert torch.equal(centres["dino.centre"], centrings["dino.centre"])
-
-
-@pytest.mark.parametrize("keep", [0, 5, -1])
-def test_a_truncated_training_state(tmp_path, keep):
     path = tmp_path / "c.safetensors"
-    save_state(path, 3, {"a": {"w": torch.zeros(4)}}, {})
+    group, centres = {"a": student(0, 3), "b-2": student(1, 2)}, centrings()
+    group["a"].bad_steps, group["a"].bad_in_a_row = 4, 2
+    centres["dino"](torch.randn(5, 12), 0.1)
+    save_state(path, 42, group, centres, 1)
+    fresh, empty = {"a": student(5), "b-2": student(6)}, centrings()
+    assert resume(path, fresh, empty, 1) == 42
+    for name, one in group.items():
+        assert same(one.module, fresh[name].module)
+        assert same(one.average, fresh[name].average)
+        assert not same(one.module, one.average)
+        ours, theirs = one.state(), fresh[name].state()
+        assert ours.keys() == theirs.keys()
+        assert any(k.startswith("adam.exp_avg_sq.") for k in ours)
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert (fresh["a"].bad_steps, fresh["a"].bad_in_a_row, fresh["b-2"].bad_steps) == (4, 2, 0)
+    assert torch.equal(empty["dino"].centre, centres["dino"].centre)
+
+
+def test_no_checkpoint_is_a_beginning(tmp_path):
+    assert resume(tmp_path / "none.safetensors", {"a": student(0)}, centrings(), 1) == 0
+
+
+@pytest.mark.parametrize("keep", [0, 5, 2000, -1])
+def test_a_truncated_checkpoint(tmp_path, keep):
+    path = tmp_path / "c.safetensors"
+    save_state(path, 3, {"a": student(0, 1)}, centrings(), 1)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=re.escape(str(path))) as e:
-        load_state(path)
+        resume(path, {"a": student(0)}, centrings(), 1)
     says(e, "Delete it to start this stage again")
 
 
-def test_a_training_state_without_its_step(tmp_path):
-    checkpoints.save_tensors(tmp_path / "c.safetensors", {"student/a/w": torch.zeros(2)})
-    with pytest.raises(UserError, match="not a readable checkpoint"):
-        load_state(tmp_path / "c.safetensors")
-
-
-def test_a_training_state_is_replaced_whole(tmp_path, monkeypatch):
+def test_checkpoints_of_other_trainings(tmp_path):
     path = tmp_path / "c.safetensors"
-    save_state(path, 3, {"a": {"w": torch.zeros(4)}}, {})
-    monkeypatch.setattr("distill.files.os.fsync", dies)
+    save_state(path, 3, {"a": student(0, 1)}, centrings(), 1)
+    wider = HeadedBackbone(Backbone(CONFIG), DINOHead(32, HEADS["dino"]), None)
+    other = prepare_student(wider, OptimConfig(), ObjectivesConfig(), True, OneProcess())
+    for group in ({"other": student(0)}, {"a": other}, {"a": student(0), "b": student(1)}):
+        with pytest.raises(UserError, match="is not a checkpoint of this training") as e:
+            resume(path, group, centrings(), 1)
+        says(e, str(path))
+    with pytest.raises(UserError, match="written by 1 processes and this run has 2"):
+        resume(path, {"a": student(0)}, centrings(), 2)
+    checkpoints.save_tensors(path, {"student/a/w": torch.zeros(2)})
+    with pytest.raises(UserError, match="is not a checkpoint of this training"):
+        resume(path, {"a": student(0)}, centrings(), 1)
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    save_state(path, 3, {"a": student(0)}, centrings(), 1)
+    monkeypatch.setattr("os.fsync", dies)
     with pytest.raises(Killed):
-        training_state.save_state(path, 6, {"a": {"w": torch.ones(4)}}, {})
-    assert load_state(path)[0] == 3
+        save_state(path, 6, {"a": student(1)}, centrings(), 1)
+    assert resume(path, {"a": student(2)}, centrings(), 1) == 3
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
 
 

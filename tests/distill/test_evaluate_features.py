@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from distill.data.preprocess import Preprocess
-from distill.encoder import Features, RawPixels, TorchEncoder
+from distill.encoder import Features, TorchEncoder
 from distill.evaluate import features as module
 from distill.evaluate.features import Images, TooLarge, extract, identity, load, save
 from distill.models.backbone import Backbone, BackboneConfig
@@ -17,6 +17,18 @@ from distill.progress import Progress
 
 QUIET = Progress("quiet")
 P = Preprocess(size=32, resize=36, normalize="per_image")
+
+
+class Plain:
+    """The preprocessed pixels as they are, with their mean as the only patch."""
+
+    target = "pixels"
+
+    def __init__(self):
+        self.conditions = {"runtime": "none"}
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        return Features(images.flatten(1), images.mean((2, 3))[:, None])
 
 
 class Noise:
@@ -98,7 +110,7 @@ def test_extract():
 
 
 def test_raw_pixels_and_their_limit(monkeypatch):
-    found = extract(RawPixels(), Images(Noise(6), P), 4, QUIET)
+    found = extract(Plain(), Images(Noise(6), P), 4, QUIET)
     assert found.cls.shape == (6, 3 * 32 * 32)
     assert found.mean_patch.shape == (6, 3 * 8 * 8)
 
@@ -107,11 +119,11 @@ def test_raw_pixels_and_their_limit(monkeypatch):
 
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     with pytest.raises(TooLarge, match="lower resolution"):
-        extract(RawPixels(), Images(Noise(6), P), 4, QUIET)
+        extract(Plain(), Images(Noise(6), P), 4, QUIET)
 
 
 def test_at_gives_the_mean_patch_as_the_only_patch():
-    found = extract(RawPixels(), Images(Noise(6), P), 4, QUIET)
+    found = extract(Plain(), Images(Noise(6), P), 4, QUIET)
     some = found.at(torch.tensor([4, 1]))
     assert isinstance(some, Features)
     assert torch.equal(some.cls, found.cls[[4, 1]])
@@ -121,7 +133,7 @@ def test_at_gives_the_mean_patch_as_the_only_patch():
 @pytest.fixture
 def stored(tmp_path):
     images = Images(Noise(6), P)
-    found = extract(RawPixels(), images, 4, QUIET)
+    found = extract(Plain(), images, 4, QUIET)
     what = identity("weights", images, 4)
     return images, found, what, save(tmp_path, what, found)
 

@@ -12,7 +12,7 @@ from distill.config import Config
 from distill.data.preprocess import Preprocess
 from distill.data.scenes import ScenesConfig
 from distill.data.sources import FolderConfig
-from distill.encoder import Features, RawPixels, TorchEncoder
+from distill.encoder import Features, TorchEncoder
 from distill.errors import UserError
 from distill.evaluate.pairs import Predictions, paired_rows
 from distill.evaluate.split import align
@@ -25,6 +25,18 @@ QUIET = Progress("quiet")
 P = Preprocess(size=32, resize=32, normalize="per_image")
 CONFIG = EvaluateConfig(ks=[5, 10, 1000], probe_lrs=[0.3, 3.0], probe_steps=60)
 SMALL = BackboneConfig(dim=32, depth=2, heads=2, patch=8, image_size=32, layer_scale=1.0, init="fan_in")
+
+
+class Plain:
+    """The preprocessed pixels as they are, with their mean as the only patch."""
+
+    target = "pixels"
+
+    def __init__(self):
+        self.conditions = {"runtime": "none"}
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        return Features(images.flatten(1), images.mean((2, 3))[:, None])
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +93,7 @@ PLAIN = replace(P, normalize="none")
 
 
 def raw(preprocess=PLAIN) -> Subject:
-    return Subject("raw", "pixels", RawPixels, preprocess)
+    return Subject("raw", "pixels", Plain, preprocess)
 
 
 def by_metric(rows, metric):
@@ -227,11 +239,11 @@ def test_unrunnable_and_wrong_encoders(scenes, tmp_path):
     with pytest.raises(CannotRun):
         evaluate(CONFIG, subjects, *scenes, tmp_path, QUIET)
     with pytest.raises(AssertionError, match="measured as"):
-        evaluate(CONFIG, [Subject("raw", "onnx-int8", RawPixels, P)], *scenes, tmp_path, QUIET)
+        evaluate(CONFIG, [Subject("raw", "onnx-int8", Plain, P)], *scenes, tmp_path, QUIET)
 
 
 def test_features_that_are_not_finite_count_as_wrong(tmp_path):
-    class Broken(RawPixels):
+    class Broken(Plain):
         """NaN for every image that is hardly blue, as a half-precision overflow would be."""
 
         def __call__(self, x):
@@ -251,7 +263,7 @@ def test_features_that_are_not_finite_count_as_wrong(tmp_path):
 
 
 def test_all_features_nan_is_a_sentence(tmp_path):
-    class Nan(RawPixels):
+    class Nan(Plain):
         def __call__(self, x):
             f = super().__call__(x)
             return Features(f.cls * float("nan"), f.patches)

@@ -75,9 +75,6 @@ def test_init():
         assert made.last_layer.weight_v.abs().max() <= 16**-0.5
 
 
-@pytest.mark.xfail(
-    strict=True, reason="defect 10: HeadConfig has no problems(): 0 prototypes, 0 or -3 wide layers reach the network"
-)
 @pytest.mark.parametrize("changes", [{"prototypes": 0}, {"hidden": -3}, {"bottleneck": 0}, {"layers": 0}], ids=str)
 def test_problems_of_measures_that_no_head_has(changes):
     config: Any = HeadConfig(**(SMALL | changes))

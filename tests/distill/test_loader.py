@@ -160,9 +160,8 @@ def by_image(x: Tensor, crops: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("batch", "world"), [(6, 2), (6, 3), (7, 2), (8, 3), (5, 5)])
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_slices_of_all_ranks_tile_the_batch(batch, world, stream):
-    source = Endless() if stream else SOURCE
+def test_the_slices_of_all_ranks_tile_the_batch(batch, world):
+    source = SOURCE
     s = settings(batch=batch, masks=None)
     for step in (0, 3):
         whole = next(batches(source, s, step, step + 1, 0))
@@ -172,6 +171,17 @@ def test_the_slices_of_all_ranks_tile_the_batch(batch, world, stream):
         for name, crops in (("global_crops", 2), ("local_crops", 3)):
             tiled = torch.cat([by_image(getattr(p, name), crops) for p in parts], 1)
             assert torch.equal(tiled, by_image(getattr(whole, name), crops))
+
+
+@pytest.mark.parametrize(("batch", "world"), [(6, 2), (6, 3), (5, 5)])
+def test_the_ranks_share_a_stream_and_decode_nothing_twice(batch, world):
+    bare = {"crops": BARE, "normalize": "none", "batch": batch, "masks": None}
+    for start in (0, 2):
+        ranks = [[values(b) for b in batches(Endless(), settings(**bare, share=(r, world)), start, 5, 0)] for r in range(world)]
+        for i, step in enumerate(range(start, 5)):
+            together = [v for rank in ranks for v in rank[i]]
+            assert sorted(together) == [p + 3 for p in range(step * batch, (step + 1) * batch)]  # the seed is 3
+            assert {len(rank[i]) for rank in ranks} == {batch // world}
 
 
 def test_ranks_mask_differently():

@@ -134,8 +134,26 @@ def test_what_grows_the_estimate():
 
 def test_activations_double_with_the_batch():
     training, backbone, head, _ = configs("activations")
-    once, twice = (activation_bytes(training.model_copy(update={"batch": b}), backbone, head, head) for b in (32, 64))
+    once, twice = (activation_bytes(training.model_copy(update={"batch": b}), backbone, head, head, 1) for b in (32, 64))
     assert twice == pytest.approx(2 * once, rel=0.01)
+
+
+def test_processes_share_the_batch():
+    training, backbone, head, _ = configs("activations")
+    alone, shared = (training_bytes(training, backbone, [backbone], [(head, head)], n) for n in (1, 4))
+    per_image = activation_bytes(training, backbone, head, head, 1) - activation_bytes(training, backbone, head, head, 4)
+    assert alone - shared == pytest.approx(per_image)
+    assert activation_bytes(training, backbone, head, head, 4) == pytest.approx(
+        activation_bytes(training.model_copy(update={"batch": 8}), backbone, head, head, 1)
+    )
+
+
+def test_half_precision_halves_the_blocks():
+    training, backbone, head, _ = configs("activations")
+    full, half = (
+        activation_bytes(training.model_copy(update={"precision": p}), backbone, head, head, 1) for p in ("fp32", "bf16")
+    )
+    assert 0.5 * full < half < 0.7 * full
 
 
 def test_the_papers_scale_is_far_beyond_one_machine():

@@ -187,6 +187,7 @@ def test_the_average_of_a_constant_is_reached_geometrically():
         ({"warmup": 1.1}, "warmup is a share"),
         ({"freeze_last_layer": -0.1}, "freeze_last_layer is a share"),
         ({"ema": (0.9, 1.1)}, "ema holds two momenta"),
+        ({"weight_decay": (-0.1, 0.4)}, "weight_decay holds"),
         ({"clip": 0.0}, "clip must be above 0"),
         ({"layer_decay": 0.0}, "layer_decay"),
         ({"beta2": 1.0}, "beta2"),
@@ -200,8 +201,6 @@ def test_problems(changes, said):
 
 
 @pytest.mark.xfail(strict=True, reason="defect 14: OptimConfig.problems lets these through; they blow the weights up")
-@pytest.mark.parametrize(
-    "changes", [{"weight_decay": (-0.1, 0.4)}, {"patch_embed_lr": -1.0}, {"lr": float("inf")}, {"clip": float("nan")}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"patch_embed_lr": -1.0}, {"lr": float("inf")}, {"clip": float("nan")}], ids=str)
 def test_problems_of_values_that_ruin_a_run(changes):
     assert OptimConfig(**changes).problems()

@@ -169,7 +169,6 @@ def test_certain_and_impossible_changes():
         assert all(replace(c, order=(0, 1, 2, 3)) == NOTHING for c in drawn(200, never, view))
 
 
-@pytest.mark.xfail(strict=True, reason="defect 5: the deviation is drawn only where a crop is blurred, and shifts what follows")
 def test_settings_do_not_shift_the_stream():
     def after(config: CropsConfig) -> list[float]:
         g = np.random.default_rng(0)

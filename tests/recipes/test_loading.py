@@ -252,7 +252,7 @@ def test_recipes_are_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("recipes.loading.SHIPPED", tmp_path)
     assert find_recipe("quickstart") == tmp_path / "quickstart.yaml"
     assert load_recipe("quickstart", [], Recipe)[0].teacher.steps == 100
-    with pytest.raises(UserError, match=r"no recipe 'quikstart'.*did you mean quickstart\? Shipped are cifar10, quickstart"):
+    with pytest.raises(UserError, match=r"no recipe 'quikstart'.*Did you mean quickstart\? Shipped are cifar10, quickstart"):
         find_recipe("quikstart")
     with pytest.raises(UserError, match="is a folder"):
         find_recipe(str(tmp_path))
