@@ -12,6 +12,9 @@ from typing import Any
 
 from distill.errors import EnvironmentFailed
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -29,11 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         yield part
+        os.chmod(part, 0o666 & ~UMASK)  # some writers make private files
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as e:  # safetensors has an error of its own for a full disk
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(e):
             raise EnvironmentFailed(
                 f"The disk is full while writing {path}. Free some space and run the same command again."
             ) from e

@@ -28,6 +28,11 @@ def training_bytes(
         dim = config.shape()[0]
         weights = parameter_count(config) + head_parameters(dim, dino) + (0 if ibot is None else head_parameters(dim, ibot))
         total += 5 * weights * FLOAT
+        total += (
+            2
+            * (head_parameters(teacher.shape()[0], dino) + (0 if ibot is None else head_parameters(teacher.shape()[0], ibot)))
+            * FLOAT
+        )
         one_after_the_other = max(one_after_the_other, activation_bytes(training, config, dino, ibot or dino, processes))
     return total + one_after_the_other
 
@@ -49,9 +54,10 @@ def activation_bytes(training: TrainConfig, config: BackboneConfig, dino: HeadCo
     rows = b * (2 + crops.local_count)
     # Logits, their log-softmax and its gradient for the student, logits and assignments for the teacher.
     logits = 3 * (rows * dino.prototypes + chosen * ibot.prototypes) + 2 * (2 * b * dino.prototypes + chosen * ibot.prototypes)
+    hidden = 2 * (rows * dino.hidden * (dino.layers - 1) + chosen * ibot.hidden * (ibot.layers - 1))
     images = 3 * b * (2 * crops.global_size**2 + crops.local_count * crops.local_size**2)
     per_value = 2 if uses_bf16(training.precision, dim) else FLOAT  # of the blocks' activations; logits and images stay float32
-    return round(per_value * blocks + FLOAT * (logits + 6 * images))
+    return round(per_value * blocks + FLOAT * (logits + hidden + 6 * images))
 
 
 def refuse_if_too_large(needed: int, title: str) -> None:

@@ -1,5 +1,6 @@
 """AdamW with DINOv2's parameter groups, per-module clipping, and the moving average of parameters."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -38,6 +39,20 @@ class OptimConfig(Config):
 
     def problems(self) -> list[str]:
         found = []
+        numbers = (
+            self.lr,
+            self.min_lr,
+            *self.weight_decay,
+            *self.ema,
+            self.clip,
+            self.layer_decay,
+            self.patch_embed_lr,
+            self.beta2,
+        )
+        if not all(math.isfinite(v) for v in numbers):
+            return ["every number must be finite"]
+        if self.patch_embed_lr < 0:
+            found.append(f"patch_embed_lr must be at least 0, got {self.patch_embed_lr}")
         if not self.lr >= self.min_lr >= 0:
             found.append(f"lr {self.lr} must be at least min_lr {self.min_lr}, and both at least 0")
         for name in ("warmup", "freeze_last_layer"):

@@ -45,6 +45,8 @@ class Row(Config):
             raise ValueError(
                 f"{self.metric} of {self.subject} on {self.target}: a measured row needs a finite value, got {self.value}"
             )
+        if not all(v is None or math.isfinite(v) for v in (self.low, self.high)):
+            raise ValueError(f"{self.metric} of {self.subject} on {self.target}: an interval from {self.low} to {self.high}")
         if self.status == "not measured" and (self.value is not None or not self.reason):
             raise ValueError(
                 f"{self.metric} of {self.subject} on {self.target}: a row that is not measured needs a reason and no value"

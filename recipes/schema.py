@@ -194,6 +194,21 @@ class Recipe(Config):
                 "teacher.train.mask_input",
                 "must be true while objectives.ibot is above 0: without masks the student only copies its own average",
             )
+        for kind, head in (
+            ("ibot", self.teacher.ibot_head),
+            ("dino", self.teacher.dino_head if self.teacher.ibot_head else None),
+        ):
+            trains, teaches = (getattr(o, kind) for o in (self.teacher.train.objectives, self.distill.objectives))
+            if head is not None and teaches and not trains:
+                yield (
+                    f"distill.objectives.{kind}",
+                    f"must be 0 while teacher.train.objectives.{kind} is: that head was never trained",
+                )
+        masks = self.teacher.train.masks
+        if self.teacher.train.objectives.ibot and masks is not None:
+            patches = (self.teacher.train.crops.global_size // max(self.teacher.backbone.patch, 1)) ** 2
+            if int(2 * self.teacher.train.batch * masks.probability) < 1 or int(patches * masks.ratio[1]) < 1:
+                yield "teacher.train.masks", f"mask nothing of {patches} patches, but objectives.ibot is above 0"
         controlled = [name for name, student in self.students.items() if student.control]
         if controlled and self.distill.objectives.ibot and not self.control_training().mask_input:
             yield (

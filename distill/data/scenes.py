@@ -47,6 +47,8 @@ class ScenesConfig(Config):
 
     def problems(self) -> list[str]:
         found = []
+        if self.seed < 0:
+            found.append(f"seed must be at least 0, got {self.seed}")
         if self.count < 1:
             found.append(f"count must be at least 1, got {self.count}")
         if self.size > 4096:

@@ -23,6 +23,9 @@ def _max_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+FAINTEST = -60.0  # exp(-60) is 1e-26: far below float32's resolution of a sum, far above its smallest number
+
+
 @torch.no_grad()
 def sinkhorn_knopp(logits_SK: Float[Tensor, "s k"], temperature: float, iterations: int = 3) -> Float[Tensor, "s k"]:
     """Assignments whose rows sum to 1 and whose columns share the batch equally (SwAV, arXiv 2006.09882, section 3.1).
@@ -32,7 +35,10 @@ def sinkhorn_knopp(logits_SK: Float[Tensor, "s k"], temperature: float, iteratio
     A prototype that no sample reaches at all (its column underflows to zero) keeps zero mass instead of becoming NaN.
     """
     q_SK = logits_SK.float() / temperature
-    q_SK = torch.exp(q_SK - _max_over_ranks(q_SK.max() if q_SK.numel() else q_SK.new_tensor(-torch.inf)))
+    q_SK = q_SK - _max_over_ranks(q_SK.max() if q_SK.numel() else q_SK.new_tensor(-torch.inf))
+    # Samples whose best logit lies so far below that exp would be 0 are lifted to where it is not: beside the others they weigh nothing
+    # either way, and their own target, which is relative, stays defined.
+    q_SK = torch.exp(q_SK + (FAINTEST - q_SK.amax(1, keepdim=True)).clamp_min(0)) if q_SK.numel() else q_SK
     samples = _sum_over_ranks(torch.tensor(float(q_SK.shape[0]), device=q_SK.device))
     k = q_SK.shape[1]
     q_SK /= _sum_over_ranks(q_SK.sum())

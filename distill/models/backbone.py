@@ -77,6 +77,8 @@ class BackboneConfig(Config):
             found.append(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if heads >= 1 and dim % heads:
             found.append(f"dim {dim} is not divisible by heads {heads}")
+        if not 0 <= self.pos_offset < 1:
+            found.append(f"pos_offset must be at least 0 and below 1, got {self.pos_offset}")
         if self.registers < 0:
             found.append(f"registers must be at least 0, got {self.registers}")
         if not 0 <= self.drop_path < 1:

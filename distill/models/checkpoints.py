@@ -5,10 +5,12 @@ backbone.safetensors   every parameter of the Backbone under its own name
 heads.safetensors      `dino.*` and `ibot.*`, when the model was trained here
 """
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ def save_model(
 ) -> None:
     """Write a model folder. `model.json` goes last: a folder without it is an interrupted write."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.json").unlink(missing_ok=True)  # it must not describe a mixture of old and new weights
     save_tensors(folder / "backbone.safetensors", backbone.state_dict())
     if heads:
         save_tensors(folder / "heads.safetensors", {f"{n}.{k}": v for n, h in heads.items() for k, v in h.state_dict().items()})
@@ -53,22 +56,40 @@ def load_backbone(folder: Path) -> Backbone:
     Raises:
         UserError: the folder holds no model, or one of another format or shape.
     """
-    config = BackboneConfig(**model_info(folder)["backbone"])
-    return load_into(Backbone(config), folder / "backbone.safetensors").eval()
+    with described_by(folder):
+        backbone = Backbone(BackboneConfig(**model_info(folder)["backbone"]))
+    return load_into(backbone, folder / "backbone.safetensors").eval()
 
 
 def load_heads(folder: Path, dim: int) -> dict[str, DINOHead]:
     """The projection heads by name (`dino`, `ibot`); empty when the model has none."""
-    configs = model_info(folder)["heads"]
-    if not configs:
+    with described_by(folder):
+        heads = {n: DINOHead(dim, HeadConfig(**c)) for n, c in model_info(folder)["heads"].items()}
+    if not heads:
         return {}
-    heads = {n: DINOHead(dim, HeadConfig(**c)) for n, c in configs.items()}
     load_into(nn.ModuleDict(heads), folder / "heads.safetensors").eval()
     return heads
 
 
 def load_preprocess(folder: Path) -> Preprocess:
-    return Preprocess.from_json(model_info(folder)["preprocess"])
+    with described_by(folder):
+        preprocess = Preprocess.from_json(model_info(folder)["preprocess"])
+        preprocess.normalized(np.zeros((3, 1, 1), np.float32))  # an unknown kind is an error now, not at the first image
+    return preprocess
+
+
+@contextmanager
+def described_by(folder: Path) -> Iterator[None]:
+    """What a model.json says is taken at its word; where that fails, the file is at fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # whatever a wrong description breaks: missing and unknown keys, wrong types, impossible shapes
+        first = (str(e).splitlines() or [""])[0]
+        raise UserError(
+            f"{folder / 'model.json'} does not describe a model ({type(e).__name__}: {first}). Run the stage that wrote it again."
+        ) from e
 
 
 def model_info(folder: Path) -> dict[str, Any]:
@@ -79,10 +100,11 @@ def model_info(folder: Path) -> dict[str, Any]:
         )
     try:
         info = read_json(path)
-    except json.JSONDecodeError as e:
+    except ValueError as e:  # not JSON, or not UTF-8
         raise UserError(f"{path} is not JSON ({e}). Restore the file, or run the stage that wrote it again.") from e
-    if info.get("format") != FORMAT:
-        raise UserError(f"{path} has format {info.get('format')!r}, this version reads {FORMAT!r}.")
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        found = info.get("format") if isinstance(info, dict) else type(info).__name__
+        raise UserError(f"{path} has format {found!r}, this version reads {FORMAT!r}. Run the stage that wrote it again.")
     return info
 
 
@@ -91,7 +113,7 @@ def load_into(module: M, path: Path) -> M:
         state = load_file(path)
         module.load_state_dict(state, strict=True)
     except (OSError, SafetensorError, RuntimeError) as e:
-        first = str(e).splitlines()[0]
+        first = " ".join(str(e).split())[:300]
         raise UserError(
             f"{path} does not hold the weights that its model.json describes: {first}. Run the stage that wrote it again."
         ) from e

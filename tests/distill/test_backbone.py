@@ -232,6 +232,5 @@ def test_problems_of_measures_that_no_model_has(changes):
     assert BackboneConfig(**(TINY | changes)).problems()
 
 
-@pytest.mark.xfail(strict=True, reason="defect 9: an offset of 1 and more is let through and fails an assertion at other sizes")
 def test_problems_of_an_offset_beyond_a_patch():
     assert BackboneConfig(**(TINY | {"pos_offset": 1.5})).problems()

@@ -183,7 +183,6 @@ def test_rows_are_strict(given):
         Row(**ROW, **given)
 
 
-@pytest.mark.xfail(strict=True, reason="defect 15: an interval's end may be NaN, and the crash comes when the rows are written")
 @pytest.mark.parametrize("end", ["low", "high"])
 def test_the_ends_of_an_interval_are_finite(end):
     with pytest.raises(ValidationError):

@@ -213,6 +213,5 @@ def test_problems(change, said):
     assert ScenesConfig().problems() == []
 
 
-@pytest.mark.xfail(strict=True, reason="defect 11: a seed below 0 passes and ends in numpy's traceback")
 def test_problems_of_a_seed_below_zero():
     assert ScenesConfig(seed=-1).problems()
