@@ -157,7 +157,7 @@ def label_of(subject: str, target: str) -> str:
     if target not in PLAIN:
         return f"{name or kind}, {target_name(target)}"
     return {
-        "raw": "Raw pixels, channels together" if target == "pixels-joint" else "Raw pixels",
+        "raw": "Raw pixels, jointly" if target == "pixels-joint" else "Raw pixels",
         "random": f"Random init., {name}" if name else "Random init.",
         "teacher": "Teacher",
         "students": f"Distilled student {name}",
