@@ -1,8 +1,13 @@
 """Model folders and training checkpoints: exact round trips, and one sentence for everything that is damaged."""
 
+import errno
 import json
+import os
 import re
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -240,21 +245,56 @@ def test_a_save_that_fails_in_the_middle_leaves_no_model_and_whole_weights(tmp_p
         load_backbone(tmp_path)
 
 
-def full_disk(*args, **kwargs):
-    """What safetensors raises there: no OSError."""
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+QUOTA = pytest.mark.xfail(
+    strict=True, reason="defect 18: replacing() knows safetensors' sentence of a full disk, not of a full quota"
+)
 
 
-def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "said",
+    ["No space left on device (os error 28)", pytest.param("Disk quota exceeded (os error 122)", marks=QUOTA)],
+)
+def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch, said):
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        """What safetensors raises there: no OSError."""
+        raise SafetensorError(f"Error while serializing: I/O error: {said}")
+
+    def full(self: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     for module in (checkpoints, training_state):
         monkeypatch.setattr(module, "save_file", full_disk, raising=False)
-    monkeypatch.setattr(
-        "distill.files.Path.write_bytes", lambda self, data: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
+    monkeypatch.setattr(Path, "write_bytes", full)  # should the tensors ever be written so
     with pytest.raises(EnvironmentFailed, match="disk is full"):
         checkpoints.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
     with pytest.raises(EnvironmentFailed, match="disk is full"):
         save_state(tmp_path / "c.safetensors", 1, {"a": student(0)}, centrings(), 1)
+
+
+SAVING = """
+import sys, torch
+from pathlib import Path
+from distill.models.checkpoints import save_tensors
+while True:
+    save_tensors(Path(sys.argv[1]) / "x.safetensors", {"a": torch.zeros(4_000_000)})
+"""
+
+
+@pytest.mark.xfail(
+    strict=True, reason="defect 2: a kill leaves safetensors' own .tmpXXXXXX, which no sweep knows and outputs include"
+)
+def test_what_a_kill_leaves_is_known_to_the_sweep(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SAVING, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    try:
+        while not (left := set(os.listdir(tmp_path)) - {"x.safetensors"}):  # a kill now would leave these
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+    finally:
+        process.kill()
+        process.wait()
+    assert all(name.startswith(".part-") for name in left)
 
 
 def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path):

@@ -1,0 +1,56 @@
+"""Training by several processes under `accelerate launch`: one result, written once, the same each time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+RECIPE = """
+name: pair
+data:
+  train: {kind: scenes, count: 64, size: 32}
+input: {size: 32, normalize: per_image}
+teacher:
+  backbone: {arch: vit_giant, patch: 8, image_size: 32, dim: 32, depth: 2, heads: 2, layer_scale: 1.0, init: fan_in}
+  dino_head: {prototypes: 16, hidden: 32, bottleneck: 16, init: fan_in}
+  ibot_head: {prototypes: 16, hidden: 32, bottleneck: 16, init: fan_in}
+  train: {images: 96, batch: 8, crops: {global_size: 32, local_size: 16, local_count: 1}, masks: {}, mask_input: true}
+students:
+  a: {backbone: {arch: vit_small, patch: 8, image_size: 32, dim: 16, depth: 1, heads: 2, layer_scale: 1.0, init: fan_in}}
+distill: {images: 48, batch: 8, crops: {global_size: 32, local_size: 16, local_count: 1}}
+runtime: {workers: 0, threads: 1, checkpoint_every: 4, log_every: 1}
+"""
+
+
+def launch(folder: Path, recipe: Path, processes: int = 2, *more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--num_processes", str(processes), "--dynamo_backend", "no"]
+    command += ["-m", "recipes.cli", "run", str(recipe), "--out", str(folder), "--until", "distill", *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path):
+    recipe = tmp_path / "pair.yaml"
+    recipe.write_text(RECIPE)
+    for name in ("first", "second"):
+        done = launch(tmp_path / name, recipe)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for model in ("teacher", "students/a"):
+        first, second = (load_file(tmp_path / name / model / "backbone.safetensors") for name in ("first", "second"))
+        assert all((first[k] == second[k]).all() for k in first), model
+        steps = [json.loads(line)["step"] for line in (tmp_path / "first" / model / "train.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps)), "each step is logged once"
+        assert len(steps) == (12 if model == "teacher" else 6)
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    recipe = tmp_path / "pair.yaml"
+    recipe.write_text(RECIPE)
+    refused = launch(tmp_path / "run", recipe, 2, "--set", "teacher.train.batch=7")
+    assert refused.returncode != 0
+    assert "must be a multiple of the 2 processes" in refused.stderr
