@@ -5,13 +5,15 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from distill.errors import EnvironmentFailed
 
+FULL = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b")
 UMASK = os.umask(0)
 os.umask(UMASK)
 
@@ -32,12 +34,13 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         yield part
-        os.chmod(part, 0o666 & ~UMASK)  # some writers make private files
+        with suppress(PermissionError):  # a file system without permissions
+            os.chmod(part, 0o666 & ~UMASK)  # some writers make private files
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
     except Exception as e:  # safetensors has an error of its own for a full disk
-        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(e):
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(e)):
             raise EnvironmentFailed(
                 f"The disk is full while writing {path}. Free some space and run the same command again."
             ) from e

@@ -12,29 +12,29 @@ FLOAT = 4
 
 def training_bytes(
     training: TrainConfig,
-    teacher: BackboneConfig,
+    teacher: tuple[BackboneConfig, Heads] | None,
     students: list[BackboneConfig],
     heads: list[Heads],
     processes: int = 1,
 ) -> int:
     """Bytes on each of `processes`: weights with gradients, Adam's moments and average; activations kept for backward; prototype logits.
 
+    `teacher` is the frozen one (held twice: as loaded and as used), None where the student's average teaches.
+
     Counts what grows with the settings and leaves out what a framework adds; measured peaks lie between 0.7 and 1.5 times of it
     (tests/distill/test_memory.py holds it to that).
     """
-    total = 2 * parameter_count(teacher) * FLOAT
+    total = 0 if teacher is None else 2 * FLOAT * _weights(*teacher)
     one_after_the_other = 0
     for config, (dino, ibot) in zip(students, heads, strict=True):
-        dim = config.shape()[0]
-        weights = parameter_count(config) + head_parameters(dim, dino) + (0 if ibot is None else head_parameters(dim, ibot))
-        total += 5 * weights * FLOAT
-        total += (
-            2
-            * (head_parameters(teacher.shape()[0], dino) + (0 if ibot is None else head_parameters(teacher.shape()[0], ibot)))
-            * FLOAT
-        )
+        total += 5 * FLOAT * _weights(config, (dino, ibot))
         one_after_the_other = max(one_after_the_other, activation_bytes(training, config, dino, ibot or dino, processes))
     return total + one_after_the_other
+
+
+def _weights(config: BackboneConfig, heads: Heads) -> int:
+    """Parameters of a backbone with its heads."""
+    return parameter_count(config) + sum(head_parameters(config.shape()[0], head) for head in heads if head is not None)
 
 
 def activation_bytes(training: TrainConfig, config: BackboneConfig, dino: HeadConfig, ibot: HeadConfig, processes: int) -> int:

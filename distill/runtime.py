@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from distill.config import Config
 from distill.errors import EnvironmentFailed
 from distill.files import write_text
+
+PATIENCE = 5.0  # seconds; launchers repeat a signal within one
 
 
 class RuntimeConfig(Config):
@@ -96,10 +99,18 @@ class StopFlag:
 
 @contextmanager
 def stop_requests() -> Iterator[StopFlag]:
-    """SIGTERM and SIGINT set the flag, so that the loop ends after a whole step; outside the main thread nothing is installed."""
+    """SIGTERM and SIGINT set the flag, so that the loop ends after a whole step; outside the main thread nothing is installed.
+
+    Asked again after a while, the loop ends at once: its step may be waiting for data that never come.
+    """
     flag = StopFlag()
+    asked = math.inf
 
     def handler(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if time.monotonic() - asked > PATIENCE:
+            raise KeyboardInterrupt
+        asked = min(asked, time.monotonic())
         flag.raised = True
 
     try:

@@ -117,9 +117,8 @@ def train(
     if teacher is None and len(students) != 1:
         raise ValueError("without a frozen teacher there is exactly one student: its average is the teacher")
     from accelerate import Accelerator  # here: a plan needs this file's settings, not a second of imports
-    from accelerate.utils import DistributedDataParallelKwargs
 
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    accelerator = Accelerator(mixed_precision="no")
     total, device = config.steps(), accelerator.device
 
     # Not Accelerator's mixed precision: that is fixed for a whole process, and a run trains several models of different widths.

@@ -68,7 +68,7 @@ def _trainings(r: Recipe) -> Table:
             str(training.batch),
             f"2 × {crops.global_size} + {crops.local_count} × {crops.local_size} px",
             f"{training.images * training_flops(training, teacher, trained) / 1e15:.3g}",
-            f"{training_bytes(training, teacher, trained, head_configs) / 2**30:.2g} GiB",
+            f"{training_bytes(training, (teacher, own) if stage == 'distill' else None, trained, head_configs) / 2**30:.2g} GiB",
         )
     return table
 

@@ -3,6 +3,7 @@
 The others wait, and join in the stages that ask for all of them (training).
 """
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,14 @@ def leading() -> Iterator[Crew]:
             _told(None)
 
 
+def _part() -> None:
+    """Close the connection: threads of it that still run when Python exits abort the process."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _told(name: str | None) -> str | None:
     """The first process's word, in every process."""
     import torch
@@ -67,4 +76,6 @@ def _told(name: str | None) -> str | None:
     # Without a GPU accelerate takes each process for a lone one unless it is told that the CPU is meant.
     cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1") or not torch.cuda.is_available()
     PartialState(cpu=cpu, timeout=PATIENCE)
+    atexit.unregister(_part)
+    atexit.register(_part)
     return broadcast_object_list([name])[0]

@@ -64,7 +64,13 @@ def save_trained(r: Recipe, models: dict[Path, HeadedBackbone], training: TrainC
     """Write the trained models and drop the stage's checkpoint; of several processes, the first one does."""
     from accelerate import PartialState
 
-    lineage = {"kind": kind, "recipe": r.name, "seed": r.seed, "images_seen": training.images, "steps": training.steps()}
+    lineage = {
+        "kind": kind,
+        "recipe": r.name,
+        "seed": r.seed,
+        "images_seen": training.steps() * training.batch,
+        "steps": training.steps(),
+    }
     if PartialState().is_main_process:
         for folder, model in models.items():
             save_model(folder, model.backbone, r.input.preprocess(), model.heads(), lineage)
@@ -123,10 +129,10 @@ def run_training(
 
     if isinstance(data.train, ImageSource):
         data.train.probe()  # hopeless data is a sentence now; in a loader's worker it would be a traceback
-    teacher_config = (teacher or next(iter(students.values()))).backbone.config
-    heads = [(s.dino.config, None if s.ibot is None else s.ibot.config) for s in students.values()]
+    heads = [_head_configs(s) for s in students.values()]
+    frozen = None if teacher is None else (teacher.backbone.config, _head_configs(teacher))
     configs = [s.backbone.config for s in students.values()]
-    refuse_if_too_large(training_bytes(training, teacher_config, configs, heads, PartialState().num_processes), title)
+    refuse_if_too_large(training_bytes(training, frozen, configs, heads, PartialState().num_processes), title)
     trained = train(
         training,
         students,
@@ -143,6 +149,10 @@ def run_training(
     if said := skipped_summary(data.train):
         progress.say(f"{title}: {said}", warning=True)
     return trained
+
+
+def _head_configs(model: HeadedBackbone) -> tuple[HeadConfig, HeadConfig | None]:
+    return model.dino.config, None if model.ibot is None else model.ibot.config
 
 
 def knn_probe(r: Recipe, data: Data) -> Callable[[nn.Module], dict[str, float]]:

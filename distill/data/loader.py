@@ -164,9 +164,11 @@ def batches(source: Any, settings: LoaderSettings, start: int, total: int, worke
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:
-    """A signal to the whole process group must not take the workers from a loop that is about to write its checkpoint."""
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
+    """A signal to the whole process group must not take the workers from a loop that is about to write its checkpoint; one that waits for
+    data for ever must not outlive the loop either.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def useful_side(crops: CropsConfig) -> int:

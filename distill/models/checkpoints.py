@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from distill.data.preprocess import Preprocess
 from distill.errors import UserError
-from distill.files import read_json, replacing, write_json
+from distill.files import read_json, write_bytes, write_json
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.models.heads import DINOHead, HeadConfig
 
@@ -86,7 +87,7 @@ def described_by(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:  # whatever a wrong description breaks: missing and unknown keys, wrong types, impossible shapes
-        first = (str(e).splitlines() or [""])[0]
+        first = " ".join(str(e).split())[:300]
         raise UserError(
             f"{folder / 'model.json'} does not describe a model ({type(e).__name__}: {first}). Run the stage that wrote it again."
         ) from e
@@ -122,8 +123,8 @@ def load_into(module: M, path: Path) -> M:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors, whole or not at all."""
-    with replacing(path) as part:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+    # Not save_file: it makes a private temporary file of a name of its own, which a kill leaves behind.
+    write_bytes(path, serialized({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -245,14 +245,9 @@ def test_a_save_that_fails_in_the_middle_leaves_no_model_and_whole_weights(tmp_p
         load_backbone(tmp_path)
 
 
-QUOTA = pytest.mark.xfail(
-    strict=True, reason="defect 18: replacing() knows safetensors' sentence of a full disk, not of a full quota"
-)
-
-
 @pytest.mark.parametrize(
     "said",
-    ["No space left on device (os error 28)", pytest.param("Disk quota exceeded (os error 122)", marks=QUOTA)],
+    ["No space left on device (os error 28)", "Disk quota exceeded (os error 122)"],
 )
 def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch, said):
     def full_disk(*args: Any, **kwargs: Any) -> None:
@@ -280,9 +275,6 @@ while True:
 """
 
 
-@pytest.mark.xfail(
-    strict=True, reason="defect 2: a kill leaves safetensors' own .tmpXXXXXX, which no sweep knows and outputs include"
-)
 def test_what_a_kill_leaves_is_known_to_the_sweep(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SAVING, str(tmp_path)])
     deadline = time.monotonic() + 60

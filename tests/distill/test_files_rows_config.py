@@ -97,7 +97,6 @@ def test_other_errors_of_the_system_pass_through(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.xfail(strict=True, reason="defect 19: file systems without permissions refuse chmod, and with it every file")
 def test_a_file_system_without_permissions(tmp_path, monkeypatch):
     def refused(*args: Any) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")

@@ -67,7 +67,7 @@ for name in CASES:
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
     run(name)
     training, backbone, head, alone = configs(name)
-    print(json.dumps([name, memory("VmHWM") - before, training_bytes(training, backbone, [backbone], [(head, head)])]))
+    print(json.dumps([name, memory("VmHWM") - before, training_bytes(training, None, [backbone], [(head, head)])]))
 """
 
 
@@ -107,7 +107,7 @@ def test_measured_peaks_lie_within_the_factor(measured, name):
 
 def test_what_grows_the_estimate():
     training, backbone, head, _ = configs("activations")
-    base = training_bytes(training, backbone, [backbone], [(head, head)])
+    base = training_bytes(training, None, [backbone], [(head, head)])
     crops = training.crops
     for change in (
         {"batch": 64},
@@ -115,15 +115,15 @@ def test_what_grows_the_estimate():
         {"crops": crops.model_copy(update={"global_size": 64})},
         {"masks": None},
     ):
-        assert training_bytes(training.model_copy(update=change), backbone, [backbone], [(head, head)]) > base, change
+        assert training_bytes(training.model_copy(update=change), None, [backbone], [(head, head)]) > base, change
     many = HeadConfig(prototypes=65536, hidden=64, bottleneck=32)
-    assert training_bytes(training, backbone, [backbone], [(many, head)]) > base
-    assert training_bytes(training, backbone, [backbone], [(head, many)]) > base
+    assert training_bytes(training, None, [backbone], [(many, head)]) > base
+    assert training_bytes(training, None, [backbone], [(head, many)]) > base
     deeper = backbone.model_copy(update={"depth": 12})
-    assert training_bytes(training, deeper, [backbone], [(head, head)]) > base
-    assert training_bytes(training, backbone, [deeper], [(head, head)]) > base
+    assert training_bytes(training, (deeper, (head, head)), [backbone], [(head, head)]) > base
+    assert training_bytes(training, None, [deeper], [(head, head)]) > base
     # Another student adds its weights; activations are those of the largest, for they go one after the other.
-    two = training_bytes(training, backbone, [backbone, backbone], [(head, head)] * 2)
+    two = training_bytes(training, None, [backbone, backbone], [(head, head)] * 2)
     assert base < two < 1.2 * base
 
 
@@ -135,7 +135,7 @@ def test_activations_double_with_the_batch():
 
 def test_processes_share_the_batch():
     training, backbone, head, _ = configs("activations")
-    alone, shared = (training_bytes(training, backbone, [backbone], [(head, head)], n) for n in (1, 4))
+    alone, shared = (training_bytes(training, None, [backbone], [(head, head)], n) for n in (1, 4))
     per_image = activation_bytes(training, backbone, head, head, 1) - activation_bytes(training, backbone, head, head, 4)
     assert alone - shared == pytest.approx(per_image)
     assert activation_bytes(training, backbone, head, head, 4) == pytest.approx(
@@ -155,7 +155,7 @@ def test_the_papers_scale_is_far_beyond_one_machine():
     giant = BackboneConfig(arch="vit_giant", image_size=518)
     training = TrainConfig(images=10**6, batch=3072, masks=MasksConfig(), mask_input=True)
     head = HeadConfig(prototypes=131072)
-    assert training_bytes(training, giant, [giant], [(head, head)]) > 2**40
+    assert training_bytes(training, (giant, (head, head)), [giant], [(head, head)]) > 2**40
 
 
 def test_too_much_is_refused_with_what_to_lower(monkeypatch):

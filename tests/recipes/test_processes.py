@@ -1,4 +1,4 @@
-"""Training by several processes under `accelerate launch`: one result, written once, the same each time."""
+"""Training by several processes: one result, written once, the same each time."""
 
 import json
 import subprocess
@@ -25,9 +25,9 @@ runtime: {workers: 0, threads: 1, checkpoint_every: 4, log_every: 1}
 """
 
 
-def launch(folder: Path, recipe: Path, processes: int = 2, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--num_processes", str(processes), "--dynamo_backend", "no"]
+def launch(folder: Path, recipe: Path, *more: str) -> subprocess.CompletedProcess:
+    """Two CPU processes. `accelerate launch --cpu` starts several only through MPI; torch's launcher sets what Accelerator reads."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "recipes.cli", "run", str(recipe), "--out", str(folder), "--until", "distill", *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
@@ -51,6 +51,6 @@ def test_two_processes_train_one_model(tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     recipe = tmp_path / "pair.yaml"
     recipe.write_text(RECIPE)
-    refused = launch(tmp_path / "run", recipe, 2, "--set", "teacher.train.batch=7")
+    refused = launch(tmp_path / "run", recipe, "--set", "teacher.train.batch=7")
     assert refused.returncode != 0
     assert "must be a multiple of the 2 processes" in refused.stderr
