@@ -49,6 +49,11 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def unfinished(name: str) -> bool:
+    """Whether a file of this name is a write that did not finish: ours, or one of safetensors, which writes beside the part in turn."""
+    return name.startswith((".part-", ".tmp"))
+
+
 def _alive(pid: str) -> bool:
     """Whether a process of this number runs; unknown counts as running."""
     try:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from distill.errors import UserError
-from distill.files import write_bytes
+from distill.models.checkpoints import save_tensors
 from distill.models.headed import HeadedBackbone, frozen_copy
 from distill.objectives import ObjectivesConfig
 from distill.optim import OptimConfig, make_optimizer
@@ -107,4 +106,4 @@ def save_state(path: Path, step: int, group: dict[str, Student], centrings: nn.M
     tensors |= {f"centring/{k}": v for k, v in centrings.state_dict().items()}
     bad = {n: [student.bad_steps, student.bad_in_a_row] for n, student in group.items()}
     about = json.dumps({"step": step, "processes": world, "bad": bad})
-    write_bytes(path, serialized({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"state": about}))
+    save_tensors(path, tensors, {"state": about})

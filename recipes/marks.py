@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.files import read_json, sha256_file, sha256_json
+from distill.files import read_json, sha256_file, sha256_json, unfinished
 from distill.progress import Progress
 from distill.rows import Row
 
@@ -95,7 +95,7 @@ def output_files(folder: Path, foreign: Iterable[Path]) -> Iterator[Path]:
         here = Path(where)
         dirs[:] = sorted(d for d in dirs if here / d not in others)
         for name in sorted(files):
-            if not name.startswith(".part-") and not (here == folder and name in (STARTED, DONE)):
+            if not unfinished(name) and not (here == folder and name in (STARTED, DONE)):
                 yield here / name
 
 
@@ -168,8 +168,9 @@ def restore(folder: Path, attic: Path, foreign: Sequence[Path]) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what interrupted writes left beside their final names."""
-    for path in folder.rglob(".part-*"):
-        path.unlink(missing_ok=True)
+    for path in list(folder.rglob(".*")):
+        if unfinished(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -4,10 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 # Before any of the checked modules is imported. `forward`s that torch.export traces stay cheap: only annotated functions are wrapped.
 install_import_hook(["distill.losses", "distill.models"], "beartype.beartype")
+
+torch.set_num_threads(1)  # tiny operations; threads only wait for each other where something else runs too
 
 ROOT = Path(__file__).resolve().parent.parent
 

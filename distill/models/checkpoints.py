@@ -12,13 +12,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as serialized
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.data.preprocess import Preprocess
 from distill.errors import UserError
-from distill.files import read_json, write_bytes, write_json
+from distill.files import read_json, replacing, write_json
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.models.heads import DINOHead, HeadConfig
 
@@ -121,10 +120,10 @@ def load_into(module: M, path: Path) -> M:
     return module
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all."""
-    # Not save_file: it makes a private temporary file of a name of its own, which a kill leaves behind.
-    write_bytes(path, serialized({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all, without a second copy of them in memory."""
+    with replacing(path) as part:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:

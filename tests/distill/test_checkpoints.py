@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from distill import training_state
 from distill.data.preprocess import Preprocess
 from distill.errors import EnvironmentFailed, UserError
-from distill.files import write_bytes
+from distill.files import unfinished, write_bytes
 from distill.losses.targets import Centring
 from distill.models import checkpoints
 from distill.models.backbone import Backbone, BackboneConfig
@@ -286,7 +286,7 @@ def test_what_a_kill_leaves_is_known_to_the_sweep(tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert all(name.startswith(".part-") for name in left)
+    assert all(unfinished(name) for name in left)
 
 
 def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path):

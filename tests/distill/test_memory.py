@@ -67,7 +67,8 @@ for name in CASES:
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
     run(name)
     training, backbone, head, alone = configs(name)
-    print(json.dumps([name, memory("VmHWM") - before, training_bytes(training, None, [backbone], [(head, head)])]))
+    frozen = None if alone else (backbone, (head, head))
+    print(json.dumps([name, memory("VmHWM") - before, training_bytes(training, frozen, [backbone], [(head, head)])]))
 """
 
 
