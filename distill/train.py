@@ -53,7 +53,7 @@ class TrainConfig(Config):
         batch: images a step, over all processes.
         masks: block masking; null chooses all patches for iBOT and masks none.
         mask_input: whether the student's input is masked where iBOT asks. Distillation leaves it off: DINOv2's paper, section 5.
-        precision: `fp32`, `bf16`, or `auto` (bf16 on a GPU, or on a CPU with native bf16 when the student is at least 384 wide).
+        precision: `fp32`, `bf16`, or `auto` (bf16 on a GPU, or on a CPU with native bf16 for a model at least 192 wide).
         probe_every: images between two kNN probes in the training log; 0 for none.
     """
 

@@ -190,7 +190,7 @@ def test_bf16_is_chosen_by_width_and_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert uses_bf16("bf16", 8)
     assert not uses_bf16("fp32", 4096)
-    assert uses_bf16("auto", 384)
+    assert uses_bf16("auto", 192)
     assert not uses_bf16("auto", 64)
 
 
