@@ -152,7 +152,7 @@ def out_of_memory_sentence(batch: int, local_crops: int) -> Iterator[None]:
 
 def uses_bf16(precision: str, width: int) -> bool:
     """Resolve `auto`. On a CPU bf16 pays with native instructions and matrices large enough for the casts: 1.33 times the
-    images a second at width 192 and 224 px, 0.94 at width 96 and 32 px (tests/benchmarks/precision.py).
+    images a second at width 192 and 224 px, 0.94 at width 96 and 32 px (tests/benchmarks/README.md).
     """
     if precision != "auto":
         return precision == "bf16"

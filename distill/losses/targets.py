@@ -36,8 +36,9 @@ def sinkhorn_knopp(logits_SK: Float[Tensor, "s k"], temperature: float, iteratio
     """
     q_SK = logits_SK.float() / temperature
     q_SK = q_SK - _max_over_ranks(q_SK.max() if q_SK.numel() else q_SK.new_tensor(-torch.inf))
-    # Samples whose best logit lies so far below that exp would be 0 are lifted to where it is not: beside the others they weigh nothing
-    # either way, and their own target, which is relative, stays defined.
+    # Samples whose best logit lies so far below that exp would be 0 are lifted to where it is not, so that their target stays defined.
+    # Exact to float32 while X/t spans less than about 80; beyond, where the reference overflows, such a row's target is approximate:
+    # a prototype that only faint samples reach sees their lifted weights.
     q_SK = torch.exp(q_SK + (FAINTEST - q_SK.amax(1, keepdim=True)).clamp_min(0)) if q_SK.numel() else q_SK
     samples = _sum_over_ranks(torch.tensor(float(q_SK.shape[0]), device=q_SK.device))
     k = q_SK.shape[1]
