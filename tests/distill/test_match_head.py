@@ -59,4 +59,4 @@ def test_it_learns_the_map_between_two_widths():
         loss = (projector(x) - target).square().mean()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.05
+    assert loss.item() < 0.2 * target.var().item()
