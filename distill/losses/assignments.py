@@ -1,0 +1,51 @@
+"""Assignments of samples to prototypes that keep only the largest ones: what a cache stores in place of K numbers a sample.
+
+Shape legend: S samples, K prototypes, k kept ones.
+
+What is lost is known exactly. Let t be a target, l the mass outside its k largest entries, and t' those entries divided by 1 - l. Then
+
+    |t - t'|_1 = 2 l            l outside, and l more by which the kept ones grow.
+
+Both sum to 1, so for student logits z at temperature T, with q = softmax(z/T) and R = max z - min z (of unit vectors: R <= 2),
+
+    |CE(t, q) - CE(t', q)| = |<t - t', z/T>| <= (|t - t'|_1 / 2) R / T = l R / T
+    |dCE(t)/dz - dCE(t')/dz|_1 = |(q - t) - (q - t')|_1 / T = 2 l / T
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class TopK(NamedTuple):
+    """Sparse assignments: `values` [S, k] float32, falling along a row and summing to 1; `indices` [S, k] int64 of their prototypes."""
+
+    values: Tensor
+    indices: Tensor
+
+    def to(self, device: torch.device) -> "TopK":
+        return TopK(self.values.to(device), self.indices.to(device))
+
+
+@torch.no_grad()
+def top_k(assignments_SK: Float[Tensor, "s k"], k: int) -> tuple[TopK, Float[Tensor, "s"]]:
+    """The k largest entries of each row, renormalised to sum 1, and the mass [S] that the others held (all of them kept when k >= K).
+
+    A row that is not finite stays so: what the live target would do to the loss, the cached one does too.
+    """
+    values_Sk, indices_Sk = assignments_SK.float().topk(min(k, assignments_SK.shape[1]), dim=1)
+    kept_S = values_Sk.sum(1)
+    return normalised(values_Sk, indices_Sk), (1 - kept_S).clamp_min(0)
+
+
+def normalised(values_Sk: Float[Tensor, "s k"], indices_Sk: Tensor) -> TopK:
+    """Rows divided by their sums; a row of zeros stays zero."""
+    return TopK(values_Sk / values_Sk.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny), indices_Sk)
+
+
+def dense(topk: TopK, prototypes: int) -> Float[Tensor, "s k"]:
+    """The same assignments with their zeros."""
+    out_SK = topk.values.new_zeros(topk.values.shape[0], prototypes)
+    return out_SK.scatter_(1, topk.indices, topk.values)

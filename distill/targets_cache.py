@@ -1,0 +1,368 @@
+"""Teacher targets kept on disk: a second student, a second epoch or a rerun with the same crops pays no teacher.
+
+A batch is a function of (source, settings, seed, step), so its targets are too. The cache keeps the k largest prototype probabilities of
+every target (`distill/losses/assignments.py` bounds what that costs). First use and replay train on the very same numbers: `put` returns
+what `get` will return later.
+
+A folder holds `meta.json`, which says in plain words what the targets depend on, and shards (`distill/target_shards.py`), each whole or
+absent. A kill loses at most the open shard; its steps are computed again. Rows are found by their place in the global batch, so any
+number of processes reads what any other number wrote.
+"""
+
+import json
+import re
+import secrets
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.config import Config
+from distill.errors import UserError
+from distill.files import read_json, sha256_json, unfinished, write_json
+from distill.losses.assignments import TopK, top_k
+from distill.target_shards import (
+    CROP_BYTES,
+    FORMAT,
+    SAME_VIEW,
+    Rows,
+    Shard,
+    decode,
+    encode,
+    mask_checksums,
+    open_shard,
+    quarter_means,
+    row_bytes,
+    write_shard,
+)
+
+STALE = 3600  # seconds: no write takes so long; what looks unfinished is what a kill left
+SHARD_BYTES = 64 * 2**20  # of one process; so much may wait in memory
+OPEN_SHARDS = 64
+NAME = re.compile(r"rank(\d+)of(\d+)-(\d+)-[0-9a-f]+\.safetensors")
+
+
+class CacheConfig(Config):
+    """How teacher targets are kept.
+
+    Attributes:
+        dino_k, ibot_k: prototypes kept of a CLS target, and of a patch's.
+        replay: images after which crops and targets repeat, so that every later epoch pays no teacher; null: they never do, and the
+            cache serves further students and reruns.
+    """
+
+    dino_k: int = 64
+    ibot_k: int = 16
+    replay: int | None = None
+
+    def problems(self) -> list[str]:
+        found = [f"{n} must be at least 1, got {v}" for n, v in (("dino_k", self.dino_k), ("ibot_k", self.ibot_k)) if v < 1]
+        if self.replay is not None and self.replay < 1:
+            found.append(f"replay must be at least 1 image, or null, got {self.replay}")
+        return found
+
+
+class Cached(NamedTuple):
+    """One step's targets of this process's b images.
+
+    Attributes:
+        dino: of CLS, [2b, k], all first global crops, then all second ones.
+        ibot: of the chosen patches, [M, k'], in row-major order of the masks.
+        dino_lost, ibot_lost: mean mass outside the kept prototypes.
+    """
+
+    dino: TopK
+    ibot: TopK
+    dino_lost: float
+    ibot_lost: float
+
+
+class TargetsCache:
+    """Targets by step. Every process has its own, made at the same time as the others'.
+
+    Attributes:
+        hits, misses: how often `get` found something, or did not.
+    """
+
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], config: CacheConfig, batch: int, share: tuple[int, int] = (0, 1)
+    ):
+        """Open or create the cache.
+
+        Args:
+            identity: everything the targets depend on, as JSON values: hash of the teacher's weights, fingerprint of the source, crops,
+                masks, seed, normalisation, temperatures, centring. Batch and k are added here; `replay` changes no step's targets.
+            batch: images a step, over all processes.
+            share: (rank, processes), as in LoaderSettings.
+
+        Raises:
+            UserError: the folder holds targets of other settings, a damaged shard, or something else.
+        """
+        self.folder, self.config, self.batch, self.share = folder, config, batch, share
+        settings = {**identity, "batch": batch, "dino_k": config.dino_k, "ibot_k": config.ibot_k}
+        settings = json.loads(json.dumps(settings, allow_nan=False))  # tuples become lists, as meta.json has them
+        self._key = sha256_json(settings)
+        self._period = None if config.replay is None else -(-config.replay // batch)
+        self._pending: list[tuple[int, Rows]] = []
+        self._waiting = 0  # bytes of it
+        self._prototypes = (0, 0)
+        self._open = lru_cache(OPEN_SHARDS)(lambda path: open_shard(path)[0])
+        self._where: dict[tuple[int, int], dict[int, tuple[Path | Shard, int]]] = {}  # (processes, rank) -> slot -> shard, row
+        self._about: dict[Path, dict[str, Any]] = {}  # what every shard says of itself
+        self._sequence = 0
+        self.hits = self.misses = 0
+        _check_settings(folder, settings, writes=share[0] == 0)
+        self._scan()
+        self._known = _known_to_all({slot for slot in set().union(*self._where.values()) if self._parts(slot)}, share[1])
+
+    def slot(self, step: int) -> int:
+        """The step whose crops, masks, temperature and targets `step` uses: itself, or its place within the replayed period."""
+        return step if self._period is None else step % self._period
+
+    def get(self, step: int, crops_C3HW: Tensor, chosen_CN: Tensor) -> Cached | None:
+        """The targets of `step`, on the crops' device, or None: in every process or in none.
+
+        Args:
+            crops_C3HW: this process's global crops, crop-major; chosen_CN: their patches that iBOT asks. They are what `put` saw, and
+                are compared with it.
+
+        Raises:
+            UserError: they are not: the targets belong to other crops.
+        """
+        slot = self.slot(step)
+        parts = self._parts(slot) if slot in self._known else []
+        if not parts:
+            self.misses += 1
+            return None
+        self.hits += 1
+        read = [self._shard(s).read(t, view[v]) for v in (0, 1) for s, t, view in parts]
+        rows = {name: np.concatenate([r[name] for r in read]) for name in read[0]}
+        self._check_crops(slot, rows, crops_C3HW, chosen_CN)
+        return _cached(rows, crops_C3HW.device)
+
+    def put(self, step: int, crops_C3HW: Tensor, chosen_CN: Tensor, dino_CK: Tensor, ibot_MK: Tensor) -> Cached:
+        """Keep the dense targets of this process's crops; what `get` will return, exactly.
+
+        Raises:
+            EnvironmentFailed: the disk is full. Nothing that was stored before is harmed, and no weight was changed yet.
+        """
+        slot = self.slot(step)
+        (dino, dino_lost), (ibot, ibot_lost) = top_k(dino_CK, self.config.dino_k), top_k(ibot_MK, self.config.ibot_k)
+        counts = chosen_CN.sum(1).cpu()
+        assert int(counts.sum()) == len(ibot_MK)
+        assert len(counts) == len(dino_CK) == len(crops_C3HW)
+        prototypes = (dino_CK.shape[1], ibot_MK.shape[1])
+        assert self._prototypes in ((0, 0), prototypes)
+        self._prototypes = prototypes
+        of_crop = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        patch_lost = torch.zeros(len(counts)).index_add_(0, of_crop, ibot_lost.cpu()) / counts.clamp_min(1)
+        rows = {
+            "chosen": counts.numpy().astype(np.uint32),
+            "mask": mask_checksums(chosen_CN),
+            "view": quarter_means(crops_C3HW).astype(np.float16),
+            "lost": torch.stack([dino_lost.cpu(), patch_lost], 1).numpy().astype(np.float16),
+        }
+        for name, topk, k in (("dino", dino, prototypes[0]), ("ibot", ibot, prototypes[1])):
+            rows |= {f"{name}/{part}": array for part, array in encode(topk, k).items()}
+        if slot not in self._known:
+            self._known.add(slot)
+            self._pending.append((slot, rows))
+            self._mine()[slot] = (Shard(np.array([slot]), rows, len(counts)), 0)
+            self._waiting += sum(a.nbytes for a in rows.values())
+            if self._waiting >= SHARD_BYTES:
+                self.flush()
+        return _cached(rows, crops_C3HW.device)
+
+    def flush(self) -> None:
+        """Write what waits in memory. Call it before a checkpoint is written and at the end, so that a restart finds all steps before it.
+
+        Raises:
+            EnvironmentFailed: the disk is full; what waits goes on waiting.
+        """
+        if not self._pending:
+            return
+        rank, world = self.share
+        # The token keeps two runs that fill one cache at the same time from replacing each other's shards.
+        path = self.folder / f"rank{rank}of{world}-{self._sequence:06d}-{secrets.token_hex(4)}.safetensors"
+        steps, records = [s for s, _ in self._pending], [r for _, r in self._pending]
+        about = {"settings": self._key, "share": self.share, "prototypes": self._prototypes, "totals": _totals(records)}
+        write_shard(path, steps, records, about)
+        self._sequence += 1
+        self._mine().update({step: (path, t) for t, step in enumerate(steps)})
+        self._about[path] = about
+        self._pending, self._waiting = [], 0
+
+    def statistics(self) -> dict[str, float]:
+        """Of everything on disk and waiting here: bytes, steps, images, bytes an image, mean lost mass; hits and misses of `get`."""
+        for path in self._shard_paths():  # other processes' new ones too
+            if path not in self._about:
+                self._about[path] = open_shard(path)[1]
+        t = _totals([r for _, r in self._pending])
+        for about in self._about.values():
+            t = {k: v + about["totals"][k] for k, v in t.items()}
+        size = self._waiting + sum(p.stat().st_size for p in self._about)
+        return {
+            "bytes": size,
+            "steps": len(self._known),
+            "images": t["crops"] / 2,
+            "bytes_per_image": 2 * size / max(t["crops"], 1),
+            "dino_lost": t["dino_lost"] / max(t["crops"], 1),
+            "ibot_lost": t["ibot_lost"] / max(t["patches"], 1),
+            "hits": self.hits,
+            "misses": self.misses,
+        }
+
+    def _mine(self) -> dict[int, tuple[Path | Shard, int]]:
+        rank, world = self.share
+        return self._where.setdefault((world, rank), {})
+
+    def _shard_paths(self) -> list[Path]:
+        """In the order of writing, for each writer."""
+        return sorted(p for p in self.folder.glob("*.safetensors") if not unfinished(p.name))
+
+    def _scan(self) -> None:
+        """Note which steps the shards hold; a later shard's wins."""
+        for path in self.folder.glob(".*"):
+            if unfinished(path.name) and path.stat().st_mtime < time.time() - STALE:
+                path.unlink(missing_ok=True)
+        for path in self._shard_paths():
+            named = NAME.fullmatch(path.name)
+            if not named:
+                raise UserError(f"{path} is no file of a cache of targets. Move it out of that folder.")
+            shard, about = open_shard(path)
+            if about["settings"] != self._key:
+                raise UserError(f"{path} holds targets of other settings than its folder's meta.json. Delete this file.")
+            writer, processes = about["share"]
+            if (writer, processes) == self.share:
+                self._sequence = max(self._sequence, int(named[3]) + 1)
+            self._about[path] = about
+            where = self._where.setdefault((processes, writer), {})
+            where.update({int(slot): (path, t) for t, slot in enumerate(shard.steps)})
+
+    def _shard(self, at: Path | Shard) -> Shard:
+        return at if isinstance(at, Shard) else self._open(at)
+
+    def _parts(self, slot: int) -> list[tuple[Path | Shard, int, tuple[range, range]]]:
+        """Where this process's images of a slot lie, in order: shard, row, its crops of either view. Empty if not all are there."""
+        mine = _images(self.share[0], self.share[1], self.batch)
+        for world in sorted({w for w, _ in self._where}, key=lambda w: w != self.share[1]):
+            parts = []
+            for rank in range(world):
+                theirs = _images(rank, world, self.batch)
+                first, last = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
+                if first >= last:
+                    continue
+                found = self._where.get((world, rank), {}).get(slot)
+                if found is None:
+                    break
+                a, b, n = first - theirs.start, last - theirs.start, len(theirs)
+                parts.append((*found, (range(a, b), range(n + a, n + b))))
+            else:
+                return parts
+        return []
+
+    def _check_crops(self, slot: int, rows: Rows, crops_C3HW: Tensor, chosen_CN: Tensor) -> None:
+        same = len(rows["mask"]) == len(chosen_CN)
+        if same:
+            far = np.abs(rows["view"].astype(np.float32) - quarter_means(crops_C3HW)).max(1) > SAME_VIEW
+            wrong = np.flatnonzero(far | (rows["mask"] != mask_checksums(chosen_CN)))
+            same = len(wrong) == 0
+        if not same:
+            raise UserError(
+                f"The targets in {self.folder} belong to other crops or masks than this run makes (first seen at step {slot}). "
+                "The images, or the code that cuts crops, have changed. Delete the folder, or name another one for the cache."
+            )
+
+
+def estimate_bytes(
+    config: CacheConfig, images: int, patches_per_image: float, prototypes: int, ibot_prototypes: int | None = None
+) -> int:
+    """Size of a cache after `images` images seen, to about a percent.
+
+    Args:
+        patches_per_image: patches chosen for iBOT over both global crops; on average, with block masks.
+        prototypes: K of the DINO head; ibot_prototypes: of the iBOT head, where it differs.
+    """
+    stored = images if config.replay is None else min(images, config.replay)
+    patches = patches_per_image * row_bytes(config.ibot_k, ibot_prototypes or prototypes)
+    return round(stored * (2 * (CROP_BYTES + row_bytes(config.dino_k, prototypes)) + patches))
+
+
+def _cached(rows: Rows, device: torch.device) -> Cached:
+    halves = [{n.split("/")[1]: a for n, a in rows.items() if n.startswith(prefix)} for prefix in ("dino/", "ibot/")]
+    t = _totals([rows])
+    lost = (t["dino_lost"] / max(t["crops"], 1), t["ibot_lost"] / max(t["patches"], 1))
+    return Cached(decode(halves[0]).to(device), decode(halves[1]).to(device), *lost)
+
+
+def _totals(records: list[Rows]) -> dict[str, float]:
+    """Numbers of crops and chosen patches, and sums over them of the mass lost (targets that are not finite left out)."""
+    t = dict.fromkeys(("crops", "patches", "dino_lost", "ibot_lost"), 0.0)
+    for r in records:
+        lost = np.nan_to_num(r["lost"].astype(np.float64), posinf=0, neginf=0)
+        t["crops"] += len(lost)
+        t["patches"] += float(r["chosen"].sum())
+        t["dino_lost"] += float(lost[:, 0].sum())
+        t["ibot_lost"] += float(lost[:, 1] @ r["chosen"])
+    return t
+
+
+def _images(rank: int, world: int, batch: int) -> range:
+    """A process's images of the global batch, as the loader shares them out."""
+    return range(rank * batch // world, (rank + 1) * batch // world)
+
+
+def _known_to_all(slots: set[int], world: int) -> set[int]:
+    """Slots that every process can read: a process that asked its teacher alone would wait for the others for ever."""
+    if world == 1 or not (dist.is_available() and dist.is_initialized()):
+        return slots
+    each: list[Any] = [None] * world
+    dist.all_gather_object(each, slots)
+    return set.intersection(*each)
+
+
+def _check_settings(folder: Path, settings: dict[str, Any], writes: bool) -> None:
+    """Compare with the folder's meta.json; a new folder gets one."""
+    path = folder / "meta.json"
+    if not path.exists():
+        if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise UserError(f"{folder} holds files but no cache of targets (no meta.json). Name a new folder for the cache.")
+        if writes:
+            write_json(path, {"format": FORMAT, "settings": settings})
+        return
+    try:
+        meta = read_json(path)
+        if meta["format"] != FORMAT:
+            raise ValueError(f"format {meta['format']!r}, not {FORMAT!r}")
+        before = _flat(meta["settings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{path} does not describe a cache of targets ({' '.join(str(e).split())[:200]}). Delete {folder} or name another one."
+        ) from e
+    now = _flat(settings)
+    different = [k for k in sorted(before | now) if before.get(k, "absent") != now.get(k, "absent")]
+    if different:
+        shown = ", ".join(
+            f"{k} ({_brief(before.get(k, 'absent'))} there, {_brief(now.get(k, 'absent'))} here)" for k in different[:6]
+        )
+        more = f" and {len(different) - 6} more" if len(different) > 6 else ""
+        raise UserError(
+            f"The targets in {folder} were made with other settings: {shown}{more}. Delete the folder, or name another one for the cache."
+        )
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """{"crops": {"size": 48}} -> {"crops.size": 48}."""
+    if not isinstance(settings, dict) or not settings:
+        return {prefix: settings}
+    return {k: v for name, value in settings.items() for k, v in _flat(value, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."
