@@ -3,14 +3,22 @@
 Imports nothing but numpy and Pillow: bundles carry a copy of this very file, so what a device runs is what was measured here.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+# Mean and deviation of the channels by kind. Names are those of the field: timm and transformers files give the numbers.
+CONSTANTS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "satellite": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),  # DINOv3 on SAT-493M
+}
+KINDS = (*CONSTANTS, "per_image", "none")
+IMAGENET_MEAN, IMAGENET_STD = CONSTANTS["imagenet"]
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS}
 
 
@@ -22,7 +30,8 @@ class Preprocess:
         size: side of the square result in pixels.
         resize: the shorter side is resized to this many pixels (antialiased, Pillow's filter) before the centre crop.
         interpolation: `bicubic`, `bilinear` or `lanczos`.
-        normalize: `imagenet` (constant mean and deviation), `per_image` (each channel of each image to mean 0, deviation 1) or `none`.
+        normalize: a name of `CONSTANTS` (constant mean and deviation), `per_image` (each channel of each image to mean 0, deviation 1)
+            or `none`.
     """
 
     size: int
@@ -55,8 +64,8 @@ class Preprocess:
 
 def normalize(pixels: np.ndarray, kind: str) -> np.ndarray:
     """[..., 3, H, W] float32 in 0..1 -> the same shape, normalised by `kind` (see Preprocess)."""
-    if kind == "imagenet":
-        mean, std = (np.array(v, np.float32)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    if kind in CONSTANTS:
+        mean, std = (np.array(v, np.float32)[:, None, None] for v in CONSTANTS[kind])
         return (pixels - mean) / std
     if kind == "per_image":
         mean = pixels.mean((-2, -1), keepdims=True, dtype=np.float32)
@@ -64,7 +73,16 @@ def normalize(pixels: np.ndarray, kind: str) -> np.ndarray:
         return (pixels - mean) / (std + np.float32(1e-3))  # a flat channel becomes 0, not noise blown up
     if kind == "none":
         return pixels
-    raise ValueError(f"normalize must be imagenet, per_image or none, got {kind!r}")
+    raise ValueError(f"normalize must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def kind_of(mean: Sequence[float], std: Sequence[float]) -> str | None:
+    """The kind that subtracts this mean and divides by this deviation (to 1e-4), or None."""
+    known = {**CONSTANTS, "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
+    for kind, constants in known.items():
+        if np.shape(mean) == np.shape(std) == (3,) and np.allclose((mean, std), constants, rtol=0, atol=1e-4):
+            return kind
+    return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ matrices `fc1`/`fc2` where DINOv2 says `w12`/`w3`; `checkpoints.py` maps them.
 Shape legend: B batch, N patch tokens (h x w grid), R register tokens, T = 1 + R + N, D width, H W pixels.
 """
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ class BackboneConfig(Config):
     """A ViT by name, with every measure open to override.
 
     Attributes:
+        kind: tells this network from the others that `kinds.py` lists.
         arch: the named shape that the other fields start from.
         patch: side of a patch in pixels.
         image_size: the resolution whose grid the position embedding is learned on; other sizes are resampled.
@@ -40,6 +42,7 @@ class BackboneConfig(Config):
         pos_offset, pos_antialias: how positions are resampled; 0.1 and off are DINOv2's (they shift the coordinates: see `position`).
     """
 
+    kind: Literal["vit"] = "vit"
     arch: Literal["vit_small", "vit_base", "vit_large", "vit_giant"] = "vit_small"
     patch: int = 14
     image_size: int = 224
@@ -202,6 +205,14 @@ class Backbone(nn.Module):
         for block in self.blocks:
             x_BTD = self.run_block(block, x_BTD)
         return self.split(self.norm(x_BTD))
+
+    def at_size(self, size: int) -> "Backbone":
+        """A copy whose own resolution is `size` pixels: its positions are resampled once and for all."""
+        other = copy.deepcopy(self)
+        grid = size // self.patch
+        other.pos_embed = nn.Parameter(self.position(grid, grid).detach().clone(), self.pos_embed.requires_grad)
+        other.config = self.config.model_copy(update={"image_size": size})
+        return other
 
     def split(self, x_BTD: Float[Tensor, "b t d"]) -> Features:
         """[B, T, D] -> CLS and patches; registers are dropped."""

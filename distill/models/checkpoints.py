@@ -1,7 +1,7 @@
 """Models on disk: safetensors beside a `model.json` that rebuilds the exact model. Nothing is pickled.
 
-model.json             format, backbone config, head configs, preprocessing, lineage
-backbone.safetensors   every parameter of the Backbone under its own name
+model.json             format, backbone config (its `kind` is a key of `kinds.KINDS`), head configs, preprocessing, lineage
+backbone.safetensors   every parameter and persistent buffer of the backbone under its own name
 heads.safetensors      `dino.*` and `ibot.*`, when the model was trained here
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from distill.data.preprocess import Preprocess
 from distill.errors import UserError
 from distill.files import read_json, replacing, write_json
-from distill.models.backbone import Backbone, BackboneConfig
 from distill.models.heads import DINOHead, HeadConfig
+from distill.models.kinds import AnyBackbone, read_config, skeleton
 
 FORMAT = "decant-model-1"
 M = TypeVar("M", bound=nn.Module)
@@ -27,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def save_model(
     folder: Path,
-    backbone: Backbone,
+    backbone: AnyBackbone,
     preprocess: Preprocess,
     heads: dict[str, DINOHead] | None = None,
     lineage: dict[str, Any] | None = None,
@@ -50,20 +51,20 @@ def save_model(
     )
 
 
-def load_backbone(folder: Path) -> Backbone:
+def load_backbone(folder: Path) -> AnyBackbone:
     """The backbone of a model folder, float32, in evaluation mode.
 
     Raises:
         UserError: the folder holds no model, or one of another format or shape.
     """
     with described_by(folder):
-        backbone = Backbone(BackboneConfig(**model_info(folder)["backbone"]))
+        backbone = skeleton(read_config(model_info(folder)["backbone"]))
     return load_into(backbone, folder / "backbone.safetensors").eval()
 
 
 def load_heads(folder: Path, dim: int) -> dict[str, DINOHead]:
     """The projection heads by name (`dino`, `ibot`); empty when the model has none."""
-    with described_by(folder):
+    with described_by(folder), torch.device("meta"):
         heads = {n: DINOHead(dim, HeadConfig(**c)) for n, c in model_info(folder)["heads"].items()}
     if not heads:
         return {}
@@ -109,9 +110,10 @@ def model_info(folder: Path) -> dict[str, Any]:
 
 
 def load_into(module: M, path: Path) -> M:
+    """Give a module (on the meta device: one without memory) the tensors of a file, as float32."""
     try:
-        state = load_file(path)
-        module.load_state_dict(state, strict=True)
+        state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        module.load_state_dict(state, strict=True, assign=True)
     except (OSError, SafetensorError, RuntimeError) as e:
         first = " ".join(str(e).split())[:300]
         raise UserError(

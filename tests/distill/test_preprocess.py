@@ -101,7 +101,7 @@ def test_a_flat_channel_becomes_zero(value):
 
 
 def test_unknown_normalisation():
-    with pytest.raises(ValueError, match="imagenet, per_image or none"):
+    with pytest.raises(ValueError, match="imagenet, inception, clip, satellite, per_image, none"):
         normalize(np.zeros((3, 2, 2), np.float32), "imagnet")
 
 
