@@ -1,0 +1,399 @@
+"""What one training step costs: the plain step of `plain.py`, ours in every form, in the same run.
+
+    python tests/benchmarks/step.py [--mode pretrain|distill] [--batch 4] [--threads 1] [--rounds 5] [--only NAME ...] [--json FILE]
+
+Every variant lives in a process of its own, so that its memory is its own; the processes take turns, one step each in every round, so that
+all of them meet the same machine. Where others load the machine too, CPU seconds are the honest clock, and the median of the ratios within
+a round says more than either time. The matrix-product peak is measured between the steps, per CPU second, hence per core.
+
+Memory is what the kernel's high-water mark says of the measured steps, above the process after its imports. `held` are the tensors alive
+between steps (weights, average, gradients, Adam, crops); the rest are activations, logits and scratch.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from plain import SHAPES, Workload, build, plain_step
+
+from distill.data.masks import batch_masks
+from distill.models.backbone import BackboneConfig, flops_per_image
+from distill.runtime import native_bf16
+
+Step = Callable[[], dict[str, float]]
+Crops = tuple[Tensor, Tensor, Tensor]
+
+
+class Unavailable(Exception):
+    """This variant cannot be had; says why."""
+
+
+# --- ours -----------------------------------------------------------------------------------------------------------------------------
+
+
+def ours(
+    work: Workload,
+    crops: Crops,
+    weights: list[dict[str, Tensor]],
+    precision: str,
+    compile: bool = False,
+    checkpoint: bool = False,
+    cached: bool = False,
+) -> Step:
+    """A function that does one step of `distill/train.py` on the same crops and weights as `plain_step`, with the same optimiser settings.
+
+    Args:
+        precision: `fp32` or `bf16`.
+        compile, checkpoint: torch.compile, activation checkpointing.
+        cached: the teacher's targets come from a cache (distillation).
+    """
+    from accelerate import Accelerator
+
+    from distill.data.loader import Batch
+    from distill.models.backbone import Backbone
+    from distill.models.headed import HeadedBackbone
+    from distill.models.heads import DINOHead, HeadConfig
+    from distill.objectives import ObjectivesConfig, make_centrings, teacher_targets
+    from distill.optim import OptimConfig, Schedules
+    from distill.train import TrainConfig, student_step
+    from distill.training_state import prepare_student
+
+    if checkpoint:
+        raise Unavailable("activation checkpointing is not there yet")
+    if cached:
+        raise Unavailable("cached targets are not there yet")
+
+    def model(arch: str, state: dict[str, Tensor]) -> HeadedBackbone:
+        head = HeadConfig(prototypes=work.prototypes, hidden=work.hidden, bottleneck=work.bottleneck)
+        dim = SHAPES[arch][0]
+        made = HeadedBackbone(
+            Backbone(backbone_config(work, arch)), DINOHead(dim, head), None if work.shared_head else DINOHead(dim, head)
+        )
+        made.load_state_dict(state)
+        return made
+
+    # The plain step has one learning rate for everything and no schedules.
+    optim = OptimConfig(
+        lr=work.lr * (1024 / work.batch) ** 0.5,
+        min_lr=work.lr,
+        warmup=0.0,
+        weight_decay=(work.weight_decay,) * 2,
+        ema=(work.momentum,) * 2,
+        layer_decay=1.0,
+        patch_embed_lr=1.0,
+        freeze_last_layer=0.0,
+    )
+    steps, mask_input = 10**6, not work.teacher_arch
+    config = TrainConfig(
+        images=steps * work.batch, batch=work.batch, optim=optim, objectives=ObjectivesConfig(), mask_input=mask_input
+    )
+    accelerator = Accelerator(mixed_precision="no", cpu=True)
+    student = prepare_student(model(work.arch, weights[0]), optim, config.objectives, mask_input, accelerator)
+    if compile:
+        student.wrapped = torch.compile(student.module)  # type: ignore[assignment]
+    guide = model(work.teacher_arch, weights[1]).requires_grad_(False).eval() if work.teacher_arch else student.average
+    centrings = make_centrings(config.objectives, guide)
+    schedules = Schedules(optim, work.batch, steps)
+    batch, masks = Batch(*crops), crops[2]
+
+    def step() -> dict[str, float]:
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with autocast:
+            targets = teacher_targets(guide, centrings, batch.global_crops, masks, work.teacher_temperature)
+        return student_step(student, batch, masks, targets, config, schedules, 0, accelerator, autocast)[0]
+
+    return step
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain fp32": {"precision": "fp32"},
+    "plain bf16": {"precision": "bf16"},
+    "ours fp32": {"precision": "fp32"},
+    "ours bf16": {"precision": "bf16"},
+    "ours bf16, compile": {"precision": "bf16", "compile": True},
+    "ours bf16, checkpoint": {"precision": "bf16", "checkpoint": True},
+    "ours bf16, cached targets": {"precision": "bf16", "cached": True},
+}
+
+
+def variant(name: str, work: Workload) -> Step:
+    """Build a variant on the crops and weights that all of them share."""
+    crops, weights = make_crops(work), starting_weights(work)
+    options = VARIANTS[name]
+    if name.startswith("plain"):
+        return plain_step(work, crops, weights, options["precision"] == "bf16")
+    return ours(work, crops, weights, **options)
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------------------------
+
+
+def make_crops(work: Workload, seed: int = 0) -> Crops:
+    """Noise in place of images; masks as in training, or every patch where a frozen teacher is distilled."""
+    g = torch.Generator().manual_seed(seed)
+    side = work.global_size // work.patch
+    masks = torch.ones(2 * work.batch, side * side, dtype=torch.bool)
+    if not work.teacher_arch:
+        masks = torch.from_numpy(batch_masks(np.random.default_rng(seed), 2 * work.batch, (side, side), 0.5, (0.1, 0.5)))
+    sizes = ((2 * work.batch, work.global_size), (work.locals * work.batch, work.local_size))
+    global_crops, local_crops = (torch.randn(n, 3, size, size, generator=g) for n, size in sizes)
+    return global_crops, local_crops, masks
+
+
+def starting_weights(work: Workload, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Of the student and of the teacher if there is one, under the names that both sides share."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return [build(arch, work).state_dict() for arch in (work.arch, work.teacher_arch) if arch]
+
+
+def backbone_config(work: Workload, arch: str) -> BackboneConfig:
+    dim, depth, heads = SHAPES[arch]
+    return BackboneConfig(
+        patch=work.patch, image_size=work.global_size, dim=dim, depth=depth, heads=heads, layer_scale=work.layer_scale
+    )
+
+
+def head_flops(dim: int, work: Workload) -> int:
+    """Floating-point operations (2 per multiply-add) of matrix products for one token through a head: MLP, then prototypes."""
+    widths = [dim, work.hidden, work.hidden, work.bottleneck, work.prototypes]
+    return 2 * sum(a * b for a, b in pairwise(widths))
+
+
+def step_flops(work: Workload, chosen: int, live_teacher: bool = True) -> int:
+    """Floating-point operations of matrix products of one step, each counted once however often it is really computed.
+
+    The student's forward three times over (backward is two of it), less the gradient of the images, which nobody needs; the teacher's
+    forward once, on the global crops. CLS tokens of every crop and `chosen` patches go through heads.
+    """
+    b = work.batch
+
+    def patch_embed(arch: str, size: int) -> int:
+        return 2 * (size // work.patch) ** 2 * 3 * work.patch**2 * SHAPES[arch][0]
+
+    student = 0
+    for crops, size in ((2 * b, work.global_size), (work.locals * b, work.local_size)):
+        forward = flops_per_image(backbone_config(work, work.arch), size)
+        student += crops * (3 * forward - patch_embed(work.arch, size))
+    student += 3 * ((2 + work.locals) * b + chosen) * head_flops(SHAPES[work.arch][0], work)
+    arch = work.teacher_arch or work.arch
+    teacher = 2 * b * flops_per_image(backbone_config(work, arch), work.global_size)
+    teacher += (2 * b + chosen) * head_flops(SHAPES[arch][0], work)
+    return student + (teacher if live_teacher else 0)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------------------------
+
+
+def matmul_peak(dtype: torch.dtype, seconds: float = 0.4) -> float:
+    """The best of several large products, in GFLOP per CPU second."""
+    best = 0.0
+    for n in (1024, 2048, 3072):
+        a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
+        torch.nn.functional.linear(a, b)
+        until = time.process_time() + seconds
+        while (start := time.process_time()) < until:
+            torch.nn.functional.linear(a, b)
+            best = max(best, 2 * n**3 / (time.process_time() - start) / 1e9)
+    return best
+
+
+def resident_mib(field: str) -> float:
+    """`VmRSS` (now) or `VmHWM` (at most) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def forget_peak() -> None:
+    """VmHWM begins again at what is resident now. (`ru_maxrss` cannot: it also remembers building the models.)"""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def held_mib() -> float:
+    """Tensors alive now, each storage once."""
+    storages: dict[int, int] = {}
+    gc.collect()
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, torch.nn.Parameter):
+            for t in (thing, thing.grad if thing.is_leaf else None):
+                if t is not None:
+                    storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(storages.values()) / 2**20
+
+
+def worker(pipe: Connection, name: str, work: Workload, threads: int) -> None:
+    """A process with one variant: builds it, then for every message does one step and answers with its cost."""
+    torch.set_num_threads(threads)
+    if name == "peak":
+        pipe.send({})
+        while pipe.recv():
+            pipe.send({"fp32": matmul_peak(torch.float32), "bf16": matmul_peak(torch.bfloat16)})
+        return
+    import accelerate  # noqa: F401  (so that the imports of both sides are in the idle process)
+
+    import distill.train  # noqa: F401
+
+    idle = resident_mib("VmRSS")
+    try:
+        step = variant(name, work)
+        first = step()
+        if VARIANTS[name].get("compile"):
+            step()  # shapes that were taken for constants at first
+    except Unavailable as e:
+        pipe.send({"unavailable": str(e)})
+        return
+    forget_peak()
+    pipe.send({"idle": idle, "loss": sum(first.values())})
+    while pipe.recv():
+        cpu, wall = time.process_time(), time.perf_counter()
+        step()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        peak = resident_mib("VmHWM")
+        whole_life = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        pipe.send({"cpu": cpu, "wall": wall, "peak": peak, "whole_life": whole_life, "held": held_mib()})
+
+
+@contextmanager
+def process(name: str, work: Workload, threads: int) -> Any:
+    """(its pipe, its first answer), ended afterwards."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=worker, args=(there, name, work, threads), daemon=True)
+    child.start()
+    there.close()
+    try:
+        yield here
+    finally:
+        child.terminate()
+        child.join()
+
+
+def measure(work: Workload, names: list[str], threads: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """One record a variant, and the peak in GFLOP per CPU second by precision."""
+    chosen = int(make_crops(work)[2].sum())
+    records: list[dict[str, Any]] = []
+    peaks: list[dict[str, float]] = []
+    samples: dict[str, list[dict[str, float]]] = {}
+    pipes: dict[str, Connection] = {}
+    with ExitStack() as stack:
+        peak = stack.enter_context(process("peak", work, threads))
+        peak.recv()
+        for name in names:  # one after the other: building and compiling do not disturb each other
+            pipe = stack.enter_context(process(name, work, threads))
+            about = pipe.recv()
+            if "unavailable" in about:
+                print(f"{name}: {about['unavailable']}", file=sys.stderr)
+                continue
+            print(f"{name}: ready", file=sys.stderr, flush=True)
+            pipes[name], samples[name] = pipe, []
+            flops = step_flops(work, chosen, live_teacher=not VARIANTS[name].get("cached"))
+            records.append({"variant": name, **about, "gflop": flops / 1e9})
+        for _ in range(rounds):
+            for name, pipe in {"peak": peak, **pipes}.items():
+                pipe.send(True)
+                (peaks if name == "peak" else samples[name]).append(pipe.recv())
+    best = {precision: max(p[precision] for p in peaks) for precision in ("fp32", "bf16")}
+    for r in records:
+        mine, base = samples[r["variant"]], samples[records[0]["variant"]]
+        precision = VARIANTS[r["variant"]]["precision"]
+        r["cpu_s_per_image"] = median(s["cpu"] for s in mine) / work.batch
+        r["wall_s_per_image"] = median(s["wall"] for s in mine) / work.batch
+        r["cpu_ratio"] = median(b["cpu"] / s["cpu"] for b, s in zip(base, mine, strict=True))
+        r["wall_ratio"] = median(b["wall"] / s["wall"] for b, s in zip(base, mine, strict=True))
+        r["gflop_per_cpu_s"] = r["gflop"] / work.batch / r["cpu_s_per_image"]
+        r["share_of_peak"] = r["gflop_per_cpu_s"] / best[precision]
+        r["peak_mib"], r["held_mib"] = max(s["peak"] for s in mine), mine[-1]["held"]
+        r["above_idle_mib"] = r["peak_mib"] - r["idle"]
+        r["activations_mib"] = r["above_idle_mib"] - r["held_mib"]
+        r["whole_life_mib"] = mine[-1]["whole_life"]
+        r["samples"] = mine
+    return records, best
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    first = records[0]["variant"]
+    lines = [
+        f"| variant | CPU s/image | wall s/image | × {first} | GFLOP/image | GFLOP/CPU s | share of peak | "
+        "memory, MiB | above idle | held | activations, logits, scratch | loss |",
+        "|---|" + "---|" * 11,
+    ]
+    for r in records:
+        images = r["gflop"] / (r["gflop_per_cpu_s"] * r["cpu_s_per_image"])
+        lines.append(
+            f"| {r['variant']} | {r['cpu_s_per_image']:.2f} | {r['wall_s_per_image']:.2f} | {r['cpu_ratio']:.2f} | "
+            f"{r['gflop'] / images:.1f} | {r['gflop_per_cpu_s']:.1f} | {r['share_of_peak']:.0%} | {r['peak_mib']:.0f} | "
+            f"{r['above_idle_mib']:.0f} | {r['held_mib']:.0f} | {r['activations_mib']:.0f} | {r['loss']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def profile(name: str, work: Workload, threads: int, rows: int) -> str:
+    """The operations of one step by their own time."""
+    torch.set_num_threads(threads)
+    step = variant(name, work)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        step()
+    return seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=("pretrain", "distill"), default="pretrain")
+    parser.add_argument("--arch", choices=SHAPES, default="vit_small")
+    parser.add_argument("--teacher", choices=SHAPES, default="vit_large", help="with --mode distill")
+    parser.add_argument("--prototypes", type=int, default=65536)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--shared-head", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"of {', '.join(VARIANTS)}; the first is what the ratios compare with"
+    )
+    parser.add_argument("--profile", metavar="NAME", help="print the operations of one step of this variant instead")
+    parser.add_argument("--json", type=Path, help="append one JSON object a variant")
+    args = parser.parse_args()
+    teacher = args.teacher if args.mode == "distill" else ""
+    work = Workload(args.arch, teacher, args.batch, shared_head=args.shared_head, prototypes=args.prototypes)
+    if args.profile:
+        print(profile(args.profile, work, args.threads, 25))
+        return
+    names = args.only or [n for n in VARIANTS if teacher or not VARIANTS[n].get("cached")]
+    records, peak = measure(work, names, args.threads, args.rounds)
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, native bf16: {native_bf16()}; matrix-product peak "
+        f"{peak['fp32']:.0f} (fp32) and {peak['bf16']:.0f} (bf16) GFLOP per CPU second\n{args.mode} {args.arch}/14"
+        f"{f' from {teacher}' if teacher else ''}, 2 × {work.global_size} + {work.locals} × {work.local_size} px, K = {work.prototypes:,}, "
+        f"batch {work.batch}, {'one shared head' if work.shared_head else 'two heads'}, {args.rounds} rounds\n"
+    )
+    print(table(records))
+    if args.json:
+        with open(args.json, "a", encoding="utf-8") as f:
+            for r in records:
+                f.write(
+                    json.dumps({**asdict(work), "mode": args.mode, "threads": args.threads, "matmul_peak": peak, **r}) + "\n"
+                )
+
+
+if __name__ == "__main__":
+    main()
