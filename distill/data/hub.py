@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distill.data.images import files_fingerprint
+from distill.data.folders import files_fingerprint
 from distill.data.paths import content_hash, local_files, looks_like_path, missing
 from distill.errors import DecantError, EnvironmentFailed, UserError
 

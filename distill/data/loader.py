@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distill.config import Config
 from distill.data.crops import CropsConfig, Views, make_views
-from distill.data.images import ImageSource
+from distill.data.encoded import ImageSource
 from distill.data.masks import batch_masks
 from distill.data.photometric import apply_changes
 from distill.data.preprocess import IMAGENET_MEAN, IMAGENET_STD

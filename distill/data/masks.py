@@ -4,6 +4,7 @@ Shape legend: N patches of a grid, C crops.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,16 +55,23 @@ def batch_masks(
     probability: float,
     ratios: tuple[float, float],
     min_block: int = 4,
+    chosen: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Masks for a batch of global crops; bool [C, N].
+    """Masks of a batch of `crops` global crops; bool [C, N], or [len(chosen), N] for some of them.
 
     Exactly floor(probability * C) crops are masked, at random places; their ratios are drawn from as many equal bins of `ratios`,
-    so every batch covers the whole range (DINOv2's collate).
+    so every batch covers the whole range (DINOv2's collate). Which crop has which bin is one draw for the whole batch, and each crop
+    then has a random stream of its own: a process that makes only its `chosen` crops makes what one process would have made of them.
     """
     n = grid[0] * grid[1]
     masked = int(crops * probability)
     edges = np.linspace(*ratios, masked + 1)
-    masks = np.zeros((crops, n), bool)
-    for i in range(masked):
-        masks[i] = block_mask(g, grid, int(n * g.uniform(edges[i], edges[i + 1])), min_block).reshape(-1)
-    return masks[g.permutation(crops)]
+    bins = g.permutation(crops)
+    streams = g.bit_generator.seed_seq.spawn(crops)  # type: ignore[attr-defined]
+    chosen = range(crops) if chosen is None else chosen
+    masks = np.zeros((len(chosen), n), bool)
+    for mask, crop in zip(masks, chosen, strict=True):
+        if (i := bins[crop]) < masked:
+            own = np.random.default_rng(streams[crop])
+            mask[:] = block_mask(own, grid, int(n * own.uniform(edges[i], edges[i + 1])), min_block).reshape(-1)
+    return masks

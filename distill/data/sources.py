@@ -12,8 +12,9 @@ from PIL import Image
 from pydantic import Field
 
 from distill.config import Config
+from distill.data.encoded import ImageSource, seeded_order
+from distill.data.folders import SUFFIXES, FolderImages, image_files
 from distill.data.hub import BUILDERS, load_named, load_parquet, saved_kind
-from distill.data.images import SUFFIXES, FolderImages, ImageSource, image_files, seeded_order
 from distill.data.parquet_files import filled_files, parquet_files
 from distill.data.paths import SPLITS, content_hash, looks_like_path, missing
 from distill.data.scenes import ScenesConfig

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from distill.data.encoded import PROBED
 from distill.data.hub import datasets_library, explained
-from distill.data.images import PROBED, BadImage, decode
+from distill.data.images import BadImage, decode
 from distill.data.tables import encoded_cell, image_column
 from distill.errors import UserError
 from distill.files import sha256_json

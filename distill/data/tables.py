@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill.data.images import BadImage, ImageSource, seeded_order
+from distill.data.encoded import ImageSource, seeded_order
+from distill.data.images import BadImage
 from distill.errors import UserError
 from distill.files import sha256_json
 

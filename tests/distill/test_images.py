@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from distill.data.images import FORMATS, BadImage, decode, files_fingerprint, image_files, seeded_order
+from distill.data.encoded import seeded_order
+from distill.data.folders import files_fingerprint, image_files
+from distill.data.images import FORMATS, BadImage, decode
 
 RED = (200, 30, 60)
 

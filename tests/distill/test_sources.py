@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from distill.data.encoded import ImageSource
 from distill.data.hub import why_unreachable
-from distill.data.images import ImageSource
 from distill.data.scenes import ScenesConfig
 from distill.data.sources import (
     KINDS,
