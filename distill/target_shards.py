@@ -10,6 +10,8 @@ A shard is one safetensors file with the rows of one process, step after step, e
         values    float16: its error (2^-11 of each value) is far below the mass that leaving out prototypes costs
         low       index: uint8 for at most 256 prototypes, else its lower 16 bits
         high      bits 16, 17, ... of the index, 8 entries a byte: [rows, bits, ceil(k / 8)]; only beyond 65,536 prototypes
+      or, where no k is set:
+        vector    float16 [.., E]: what the head multiplies with its prototypes
 """
 
 import json
@@ -29,16 +31,20 @@ from torch.nn import functional as F
 from distill.errors import UserError
 from distill.files import replacing
 from distill.losses.assignments import TopK, normalised
+from distill.same_settings import FORMAT
 
-FORMAT = "decant-targets-1"
 CROP_BYTES = 4 + 4 + 4 * 2 + 2 * 2  # chosen, mask, view, lost
 SAME_VIEW = 0.02  # float16 rounds a quarter's mean by at most 0.002; a mirrored crop differs by tenths
 
 Rows = dict[str, np.ndarray]
+Target = TopK | Tensor  # the largest probabilities; or bottleneck vectors [S, E], from which they can be made
 
 
-def encode(topk: TopK, prototypes: int) -> Rows:
-    """values, low and perhaps high."""
+def encode(target: Target, prototypes: int) -> Rows:
+    """values, low and perhaps high; or vector."""
+    if isinstance(target, Tensor):
+        return {"vector": target.detach().float().cpu().numpy().astype(np.float16)}
+    topk = target
     indices = topk.indices.cpu().numpy()
     rows: Rows = {"values": topk.values.cpu().numpy().astype(np.float16)}
     rows["low"] = indices.astype(np.uint8) if prototypes <= 256 else (indices & 0xFFFF).astype(np.uint16)
@@ -47,8 +53,10 @@ def encode(topk: TopK, prototypes: int) -> Rows:
     return rows
 
 
-def decode(rows: Rows) -> TopK:
-    """What `encode` wrote, as every reader gets it: renormalised after the rounding."""
+def decode(rows: Rows) -> Target:
+    """What `encode` wrote, as every reader gets it: float32, probabilities renormalised after the rounding."""
+    if "vector" in rows:
+        return torch.from_numpy(rows["vector"].astype(np.float32))
     values = torch.from_numpy(rows["values"].astype(np.float32))
     indices = rows["low"].astype(np.int64)
     if "high" in rows:
@@ -63,8 +71,10 @@ def high_bits(prototypes: int) -> int:
     return max(0, (prototypes - 1).bit_length() - 16)
 
 
-def row_bytes(k: int, prototypes: int) -> int:
-    """Bytes of one target with the k largest of `prototypes` entries."""
+def row_bytes(k: int | None, prototypes: int, bottleneck: int) -> int:
+    """Bytes of one target with the k largest of `prototypes` entries, or as a vector."""
+    if k is None:
+        return 2 * bottleneck
     k = min(k, prototypes)
     return k * (3 if prototypes <= 256 else 4) + high_bits(prototypes) * -(-k // 8)
 
@@ -132,3 +142,15 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, Any]]:
         raise UserError(
             f"{path} is not a whole file of cached targets ({first}). Delete this file: its targets will be computed again."
         ) from e
+
+
+def totals(records: list[Rows]) -> dict[str, float]:
+    """Numbers of crops and chosen patches, and sums over them of the mass lost (targets that are not finite left out)."""
+    t = dict.fromkeys(("crops", "patches", "dino_lost", "ibot_lost"), 0.0)
+    for r in records:
+        lost = np.nan_to_num(r["lost"].astype(np.float64), posinf=0, neginf=0)
+        t["crops"] += len(lost)
+        t["patches"] += float(r["chosen"].sum())
+        t["dino_lost"] += float(lost[:, 0].sum())
+        t["ibot_lost"] += float(lost[:, 1] @ r["chosen"])
+    return t

@@ -1,8 +1,13 @@
 """Teacher targets kept on disk: a second student, a second epoch or a rerun with the same crops pays no teacher.
 
-A batch is a function of (source, settings, seed, step), so its targets are too. The cache keeps the k largest prototype probabilities of
-every target (`distill/losses/assignments.py` bounds what that costs). First use and replay train on the very same numbers: `put` returns
-what `get` will return later.
+A batch is a function of (source, settings, seed, step), so its targets are too. Of each target the cache keeps either
+
+    the bottleneck vector   what the head multiplies with its prototypes. That product, centring and temperature are done anew, so the
+                            target is the live one up to float16 (2^-11 a coordinate), at any batch and temperature
+    the k largest           of its probabilities, renormalised. No teacher at all at replay, and few bytes where targets are sharp; what
+                            that costs is bounded by the mass lost (`distill/losses/assignments.py`), which is measured and reported
+
+and first use and replay train on the very same numbers: `put` returns what `get` will return later.
 
 A folder holds `meta.json`, which says in plain words what the targets depend on, and shards (`distill/target_shards.py`), each whole or
 absent. A kill loses at most the open shard; its steps are computed again. Rows are found by their place in the global batch, so any
@@ -24,20 +29,23 @@ from torch import Tensor
 
 from distill.config import Config
 from distill.errors import UserError
-from distill.files import read_json, sha256_json, unfinished, write_json
-from distill.losses.assignments import TopK, top_k
+from distill.files import sha256_json, unfinished
+from distill.losses.assignments import top_k
+from distill.models.heads import HeadConfig
+from distill.same_settings import same_settings
 from distill.target_shards import (
     CROP_BYTES,
-    FORMAT,
     SAME_VIEW,
     Rows,
     Shard,
+    Target,
     decode,
     encode,
     mask_checksums,
     open_shard,
     quarter_means,
     row_bytes,
+    totals,
     write_shard,
 )
 
@@ -51,17 +59,20 @@ class CacheConfig(Config):
     """How teacher targets are kept.
 
     Attributes:
-        dino_k, ibot_k: prototypes kept of a CLS target, and of a patch's.
+        dino_k, ibot_k: prototypes kept of a CLS target, and of a patch's; null: the bottleneck vector is kept instead. No k is right for
+            all heads: on fitted heads 64 of 1,024 prototypes lost 2 to 10 % of the mass, 64 of 4,096 lost 41 to 61 %, and Sinkhorn over
+            few images spreads every target over K/S prototypes (`sinkhorn_loses`).
         replay: images after which crops and targets repeat, so that every later epoch pays no teacher; null: they never do, and the
             cache serves further students and reruns.
     """
 
-    dino_k: int = 64
-    ibot_k: int = 16
+    dino_k: int | None = None
+    ibot_k: int | None = None
     replay: int | None = None
 
     def problems(self) -> list[str]:
-        found = [f"{n} must be at least 1, got {v}" for n, v in (("dino_k", self.dino_k), ("ibot_k", self.ibot_k)) if v < 1]
+        kept = {"dino_k": self.dino_k, "ibot_k": self.ibot_k}
+        found = [f"{n} must be at least 1, or null, got {v}" for n, v in kept.items() if v is not None and v < 1]
         if self.replay is not None and self.replay < 1:
             found.append(f"replay must be at least 1 image, or null, got {self.replay}")
         return found
@@ -71,13 +82,13 @@ class Cached(NamedTuple):
     """One step's targets of this process's b images.
 
     Attributes:
-        dino: of CLS, [2b, k], all first global crops, then all second ones.
-        ibot: of the chosen patches, [M, k'], in row-major order of the masks.
-        dino_lost, ibot_lost: mean mass outside the kept prototypes.
+        dino: of CLS, [2b, k], all first global crops, then all second ones; or vectors [2b, E].
+        ibot: of the chosen patches, [M, k'], in row-major order of the masks; or vectors [M, E'].
+        dino_lost, ibot_lost: mean mass outside the kept prototypes; 0 for vectors.
     """
 
-    dino: TopK
-    ibot: TopK
+    dino: Target
+    ibot: Target
     dino_lost: float
     ibot_lost: float
 
@@ -110,13 +121,13 @@ class TargetsCache:
         self._period = None if config.replay is None else -(-config.replay // batch)
         self._pending: list[tuple[int, Rows]] = []
         self._waiting = 0  # bytes of it
-        self._prototypes = (0, 0)
+        self._widths = (0, 0)  # prototypes, or coordinates of a vector
         self._open = lru_cache(OPEN_SHARDS)(lambda path: open_shard(path)[0])
         self._where: dict[tuple[int, int], dict[int, tuple[Path | Shard, int]]] = {}  # (processes, rank) -> slot -> shard, row
         self._about: dict[Path, dict[str, Any]] = {}  # what every shard says of itself
         self._sequence = 0
         self.hits = self.misses = 0
-        _check_settings(folder, settings, writes=share[0] == 0)
+        same_settings(folder, settings, writes=share[0] == 0)
         self._scan()
         self._known = _known_to_all({slot for slot in set().union(*self._where.values()) if self._parts(slot)}, share[1])
 
@@ -146,19 +157,22 @@ class TargetsCache:
         return _cached(rows, crops_C3HW.device)
 
     def put(self, step: int, crops_C3HW: Tensor, chosen_CN: Tensor, dino_CK: Tensor, ibot_MK: Tensor) -> Cached:
-        """Keep the dense targets of this process's crops; what `get` will return, exactly.
+        """Keep the targets of this process's crops; what `get` will return, exactly.
+
+        Args:
+            dino_CK, ibot_MK: dense assignments; where k is null, bottleneck vectors.
 
         Raises:
             EnvironmentFailed: the disk is full. Nothing that was stored before is harmed, and no weight was changed yet.
         """
         slot = self.slot(step)
-        (dino, dino_lost), (ibot, ibot_lost) = top_k(dino_CK, self.config.dino_k), top_k(ibot_MK, self.config.ibot_k)
+        (dino, dino_lost), (ibot, ibot_lost) = _keep(dino_CK, self.config.dino_k), _keep(ibot_MK, self.config.ibot_k)
         counts = chosen_CN.sum(1).cpu()
         assert int(counts.sum()) == len(ibot_MK)
         assert len(counts) == len(dino_CK) == len(crops_C3HW)
-        prototypes = (dino_CK.shape[1], ibot_MK.shape[1])
-        assert self._prototypes in ((0, 0), prototypes)
-        self._prototypes = prototypes
+        widths = (dino_CK.shape[1], ibot_MK.shape[1])
+        assert self._widths in ((0, 0), widths)
+        self._widths = widths
         of_crop = torch.repeat_interleave(torch.arange(len(counts)), counts)
         patch_lost = torch.zeros(len(counts)).index_add_(0, of_crop, ibot_lost.cpu()) / counts.clamp_min(1)
         rows = {
@@ -167,8 +181,8 @@ class TargetsCache:
             "view": quarter_means(crops_C3HW).astype(np.float16),
             "lost": torch.stack([dino_lost.cpu(), patch_lost], 1).numpy().astype(np.float16),
         }
-        for name, topk, k in (("dino", dino, prototypes[0]), ("ibot", ibot, prototypes[1])):
-            rows |= {f"{name}/{part}": array for part, array in encode(topk, k).items()}
+        for name, target, width in (("dino", dino, widths[0]), ("ibot", ibot, widths[1])):
+            rows |= {f"{name}/{part}": array for part, array in encode(target, width).items()}
         if slot not in self._known:
             self._known.add(slot)
             self._pending.append((slot, rows))
@@ -190,7 +204,7 @@ class TargetsCache:
         # The token keeps two runs that fill one cache at the same time from replacing each other's shards.
         path = self.folder / f"rank{rank}of{world}-{self._sequence:06d}-{secrets.token_hex(4)}.safetensors"
         steps, records = [s for s, _ in self._pending], [r for _, r in self._pending]
-        about = {"settings": self._key, "share": self.share, "prototypes": self._prototypes, "totals": _totals(records)}
+        about = {"settings": self._key, "share": self.share, "widths": self._widths, "totals": totals(records)}
         write_shard(path, steps, records, about)
         self._sequence += 1
         self._mine().update({step: (path, t) for t, step in enumerate(steps)})
@@ -202,7 +216,7 @@ class TargetsCache:
         for path in self._shard_paths():  # other processes' new ones too
             if path not in self._about:
                 self._about[path] = open_shard(path)[1]
-        t = _totals([r for _, r in self._pending])
+        t = totals([r for _, r in self._pending])
         for about in self._about.values():
             t = {k: v + about["totals"][k] for k, v in t.items()}
         size = self._waiting + sum(p.stat().st_size for p in self._about)
@@ -279,37 +293,28 @@ class TargetsCache:
             )
 
 
-def estimate_bytes(
-    config: CacheConfig, images: int, patches_per_image: float, prototypes: int, ibot_prototypes: int | None = None
-) -> int:
+def estimate_bytes(config: CacheConfig, images: int, patches_per_image: float, dino: HeadConfig, ibot: HeadConfig) -> int:
     """Size of a cache after `images` images seen, to about a percent.
 
     Args:
         patches_per_image: patches chosen for iBOT over both global crops; on average, with block masks.
-        prototypes: K of the DINO head; ibot_prototypes: of the iBOT head, where it differs.
+        dino, ibot: the teacher's heads.
     """
     stored = images if config.replay is None else min(images, config.replay)
-    patches = patches_per_image * row_bytes(config.ibot_k, ibot_prototypes or prototypes)
-    return round(stored * (2 * (CROP_BYTES + row_bytes(config.dino_k, prototypes)) + patches))
+    crop = CROP_BYTES + row_bytes(config.dino_k, dino.prototypes, dino.bottleneck)
+    return round(stored * (2 * crop + patches_per_image * row_bytes(config.ibot_k, ibot.prototypes, ibot.bottleneck)))
+
+
+def _keep(target_SK: Tensor, k: int | None) -> tuple[Target, Tensor]:
+    """What is kept of each row, and the mass lost [S]."""
+    return (target_SK, torch.zeros(len(target_SK))) if k is None else top_k(target_SK, k)
 
 
 def _cached(rows: Rows, device: torch.device) -> Cached:
     halves = [{n.split("/")[1]: a for n, a in rows.items() if n.startswith(prefix)} for prefix in ("dino/", "ibot/")]
-    t = _totals([rows])
+    t = totals([rows])
     lost = (t["dino_lost"] / max(t["crops"], 1), t["ibot_lost"] / max(t["patches"], 1))
     return Cached(decode(halves[0]).to(device), decode(halves[1]).to(device), *lost)
-
-
-def _totals(records: list[Rows]) -> dict[str, float]:
-    """Numbers of crops and chosen patches, and sums over them of the mass lost (targets that are not finite left out)."""
-    t = dict.fromkeys(("crops", "patches", "dino_lost", "ibot_lost"), 0.0)
-    for r in records:
-        lost = np.nan_to_num(r["lost"].astype(np.float64), posinf=0, neginf=0)
-        t["crops"] += len(lost)
-        t["patches"] += float(r["chosen"].sum())
-        t["dino_lost"] += float(lost[:, 0].sum())
-        t["ibot_lost"] += float(lost[:, 1] @ r["chosen"])
-    return t
 
 
 def _images(rank: int, world: int, batch: int) -> range:
@@ -324,45 +329,3 @@ def _known_to_all(slots: set[int], world: int) -> set[int]:
     each: list[Any] = [None] * world
     dist.all_gather_object(each, slots)
     return set.intersection(*each)
-
-
-def _check_settings(folder: Path, settings: dict[str, Any], writes: bool) -> None:
-    """Compare with the folder's meta.json; a new folder gets one."""
-    path = folder / "meta.json"
-    if not path.exists():
-        if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            raise UserError(f"{folder} holds files but no cache of targets (no meta.json). Name a new folder for the cache.")
-        if writes:
-            write_json(path, {"format": FORMAT, "settings": settings})
-        return
-    try:
-        meta = read_json(path)
-        if meta["format"] != FORMAT:
-            raise ValueError(f"format {meta['format']!r}, not {FORMAT!r}")
-        before = _flat(meta["settings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"{path} does not describe a cache of targets ({' '.join(str(e).split())[:200]}). Delete {folder} or name another one."
-        ) from e
-    now = _flat(settings)
-    different = [k for k in sorted(before | now) if before.get(k, "absent") != now.get(k, "absent")]
-    if different:
-        shown = ", ".join(
-            f"{k} ({_brief(before.get(k, 'absent'))} there, {_brief(now.get(k, 'absent'))} here)" for k in different[:6]
-        )
-        more = f" and {len(different) - 6} more" if len(different) > 6 else ""
-        raise UserError(
-            f"The targets in {folder} were made with other settings: {shown}{more}. Delete the folder, or name another one for the cache."
-        )
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """{"crops": {"size": 48}} -> {"crops.size": 48}."""
-    if not isinstance(settings, dict) or not settings:
-        return {prefix: settings}
-    return {k: v for name, value in settings.items() for k, v in _flat(value, f"{prefix}.{name}" if prefix else name).items()}
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else text[:12] + "..."

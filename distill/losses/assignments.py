@@ -10,6 +10,8 @@ Both sum to 1, so for student logits z at temperature T, with q = softmax(z/T) a
 
     |CE(t, q) - CE(t', q)| = |<t - t', z/T>| <= (|t - t'|_1 / 2) R / T = l R / T
     |dCE(t)/dz - dCE(t')/dz|_1 = |(q - t) - (q - t')|_1 / T = 2 l / T
+
+How much is lost is another matter: `sinkhorn_loses`.
 """
 
 from typing import NamedTuple
@@ -49,3 +51,12 @@ def dense(topk: TopK, prototypes: int) -> Float[Tensor, "s k"]:
     """The same assignments with their zeros."""
     out_SK = topk.values.new_zeros(topk.values.shape[0], prototypes)
     return out_SK.scatter_(1, topk.indices, topk.values)
+
+
+def sinkhorn_loses(k: int, samples: int, prototypes: int) -> float:
+    """The least mass that k of K prototypes can lose of a Sinkhorn target: 1 - k S / K.
+
+    Every prototype is shared out equally over the batch, so that no sample gets more than S/K of its mass from one prototype, however sharp
+    the teacher. (Exactly so once the iterations have converged; three come close.)
+    """
+    return max(0.0, 1 - k * samples / prototypes)
