@@ -30,7 +30,7 @@ from torch import Tensor
 from distill.config import Config
 from distill.errors import UserError
 from distill.files import sha256_json, unfinished
-from distill.losses.assignments import top_k
+from distill.losses.assignments import InRows, prototypes_of, top_k
 from distill.models.heads import HeadConfig
 from distill.same_settings import same_settings
 from distill.target_shards import (
@@ -156,23 +156,24 @@ class TargetsCache:
         self._check_crops(slot, rows, crops_C3HW, chosen_CN)
         return _cached(rows, crops_C3HW.device)
 
-    def put(self, step: int, crops_C3HW: Tensor, chosen_CN: Tensor, dino_CK: Tensor, ibot_MK: Tensor) -> Cached:
+    def put(self, step: int, crops_C3HW: Tensor, chosen_CN: Tensor, dino: Tensor | InRows, ibot: Tensor | InRows) -> Cached:
         """Keep the targets of this process's crops; what `get` will return, exactly.
 
         Args:
-            dino_CK, ibot_MK: dense assignments; where k is null, bottleneck vectors.
+            dino, ibot: assignments of the 2b crops and of the M chosen patches, [S, K] or made in rows; where k is null, the bottleneck
+                vectors [S, E].
 
         Raises:
             EnvironmentFailed: the disk is full. Nothing that was stored before is harmed, and no weight was changed yet.
         """
         slot = self.slot(step)
-        (dino, dino_lost), (ibot, ibot_lost) = _keep(dino_CK, self.config.dino_k), _keep(ibot_MK, self.config.ibot_k)
         counts = chosen_CN.sum(1).cpu()
-        assert int(counts.sum()) == len(ibot_MK)
-        assert len(counts) == len(dino_CK) == len(crops_C3HW)
-        widths = (dino_CK.shape[1], ibot_MK.shape[1])
+        assert int(counts.sum()) == len(ibot)
+        assert len(counts) == len(dino) == len(crops_C3HW)
+        widths = (prototypes_of(dino), prototypes_of(ibot))
         assert self._widths in ((0, 0), widths)
         self._widths = widths
+        (kept_dino, dino_lost), (kept_ibot, ibot_lost) = _keep(dino, self.config.dino_k), _keep(ibot, self.config.ibot_k)
         of_crop = torch.repeat_interleave(torch.arange(len(counts)), counts)
         patch_lost = torch.zeros(len(counts)).index_add_(0, of_crop, ibot_lost.cpu()) / counts.clamp_min(1)
         rows = {
@@ -181,7 +182,7 @@ class TargetsCache:
             "view": quarter_means(crops_C3HW).astype(np.float16),
             "lost": torch.stack([dino_lost.cpu(), patch_lost], 1).numpy().astype(np.float16),
         }
-        for name, target, width in (("dino", dino, widths[0]), ("ibot", ibot, widths[1])):
+        for name, target, width in (("dino", kept_dino, widths[0]), ("ibot", kept_ibot, widths[1])):
             rows |= {f"{name}/{part}": array for part, array in encode(target, width).items()}
         if slot not in self._known:
             self._known.add(slot)
@@ -305,9 +306,12 @@ def estimate_bytes(config: CacheConfig, images: int, patches_per_image: float, d
     return round(stored * (2 * crop + patches_per_image * row_bytes(config.ibot_k, ibot.prototypes, ibot.bottleneck)))
 
 
-def _keep(target_SK: Tensor, k: int | None) -> tuple[Target, Tensor]:
+def _keep(target: Tensor | InRows, k: int | None) -> tuple[Target, Tensor]:
     """What is kept of each row, and the mass lost [S]."""
-    return (target_SK, torch.zeros(len(target_SK))) if k is None else top_k(target_SK, k)
+    if k is not None:
+        return top_k(target, k)
+    assert isinstance(target, Tensor)
+    return target, torch.zeros(len(target))
 
 
 def _cached(rows: Rows, device: torch.device) -> Cached:

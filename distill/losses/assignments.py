@@ -14,11 +14,22 @@ Both sum to 1, so for student logits z at temperature T, with q = softmax(z/T) a
 How much is lost is another matter: `sinkhorn_loses`.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+AT_ONCE = 2**22  # numbers of a slice of rows: 16 MiB in float32
+
+
+@runtime_checkable
+class InRows(Protocol):
+    """Assignments that are made a few rows at a time, [stop - start, K] float32."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> Tensor: ...
 
 
 class TopK(NamedTuple):
@@ -32,14 +43,26 @@ class TopK(NamedTuple):
 
 
 @torch.no_grad()
-def top_k(assignments_SK: Float[Tensor, "s k"], k: int) -> tuple[TopK, Float[Tensor, "s"]]:
+def top_k(assignments: Float[Tensor, "s k"] | InRows, k: int) -> tuple[TopK, Float[Tensor, "s"]]:
     """The k largest entries of each row, renormalised to sum 1, and the mass [S] that the others held (all of them kept when k >= K).
 
     A row that is not finite stays so: what the live target would do to the loss, the cached one does too.
     """
-    values_Sk, indices_Sk = assignments_SK.float().topk(min(k, assignments_SK.shape[1]), dim=1)
-    kept_S = values_Sk.sum(1)
-    return normalised(values_Sk, indices_Sk), (1 - kept_S).clamp_min(0)
+    many = max(1, AT_ONCE // max(1, prototypes_of(assignments)))
+    pieces = []
+    for start in range(0, max(1, len(assignments)), many):  # also once for no rows at all
+        rows_SK = rows_of(assignments, start, min(start + many, len(assignments)))
+        pieces.append(rows_SK.float().topk(min(k, rows_SK.shape[1]), dim=1))
+    values_Sk, indices_Sk = (torch.cat(x) for x in zip(*pieces, strict=True))
+    return normalised(values_Sk, indices_Sk), (1 - values_Sk.sum(1)).clamp_min(0)
+
+
+def rows_of(assignments: Tensor | InRows, start: int, stop: int) -> Tensor:
+    return assignments[start:stop] if isinstance(assignments, Tensor) else assignments.rows(start, stop)
+
+
+def prototypes_of(assignments: Tensor | InRows) -> int:
+    return rows_of(assignments, 0, 0).shape[1]
 
 
 def normalised(values_Sk: Float[Tensor, "s k"], indices_Sk: Tensor) -> TopK:

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from distill import files, target_shards, targets_cache
 from distill.errors import EnvironmentFailed, UserError
+from distill.losses import assignments
 from distill.losses.assignments import TopK, dense, sinkhorn_loses, top_k
-from distill.losses.dino import dino_loss
-from distill.losses.ibot import ibot_loss, patch_weights
 from distill.losses.targets import sinkhorn_knopp
 from distill.models.heads import DINOHead, HeadConfig
 from distill.target_shards import Target, decode, encode, row_bytes
@@ -112,6 +111,32 @@ def test_all_prototypes_kept_is_the_target_itself():
     kept, lost = top_k(t, K + 5)
     torch.testing.assert_close(dense(kept, K), t / t.sum(1, keepdim=True))
     assert lost.max() < 1e-5
+
+
+class ByRows:
+    """Targets that never exist in full."""
+
+    def __init__(self, whole: Tensor):
+        self.whole, self.most = whole, 0
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        self.most = max(self.most, stop - start)
+        return self.whole[start:stop].clone()
+
+
+def test_targets_may_come_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    s, few = Step(0), 3
+    want = put(cache(tmp_path / "whole"), 0)
+    monkeypatch.setattr(assignments, "AT_ONCE", few * K)
+    dino, ibot = ByRows(s.dino), ByRows(s.ibot)
+    assert_equal(cache(tmp_path / "c").put(0, s.crops, s.chosen, dino, ibot), want)
+    assert (dino.most, ibot.most) == (few, few)
+    nothing, lost = top_k(ByRows(s.dino[:0]), 4)
+    assert nothing.values.shape == (0, 4)
+    assert lost.shape == (0,)
 
 
 @pytest.mark.parametrize("k", [1, 4, 16, 64])
@@ -231,24 +256,25 @@ def test_first_use_and_replay_are_the_same_numbers(tmp_path):
     assert (again.hits, again.misses) == (4, 1)
 
 
-def test_cached_training_losses_follow_the_live_ones(tmp_path):
-    """Both objectives at once: within the mass lost, and closer with more prototypes."""
+def test_cached_losses_follow_the_live_ones(tmp_path):
+    """Image and patch terms, weighted as the objectives weight them: within the mass lost, and closer with more prototypes."""
     s = Step(3)
     g = torch.Generator().manual_seed(9)
-    student, local = torch.randn(2, B, K, generator=g) * 0.3, torch.randn(2, B, K, generator=g) * 0.3
-    patches = torch.randn(len(s.ibot), K, generator=g) * 0.3
+    image, patches = (torch.randn(n, K, generator=g) * 0.3 for n in (2 * B, len(s.ibot)))
+    weights = torch.cat([torch.full((int(n),), 1 / int(n)) for n in s.chosen.sum(1) if n]) / (2 * B)
 
     def losses(dino: Tensor, ibot: Tensor) -> Tensor:
-        to_global, to_local = dino_loss(student, local, dino.view(2, B, K))
-        return torch.stack([to_global + to_local, ibot_loss(patches, ibot, patch_weights(s.chosen), 2 * B)])
+        other_crop = dino.view(2, B, K).flip(0).flatten(0, 1)
+        terms = [-(t * torch.log_softmax(z / 0.1, 1)).sum(1) for t, z in ((other_crop, image), (ibot, patches))]
+        return torch.stack([terms[0].mean(), (terms[1] * weights).sum()])
 
     live, before = losses(s.dino, s.ibot), torch.full((2,), torch.inf)
+    spread = max(float(x.max() - x.min()) for x in (image, patches)) / 0.1
     for k in (2, 20, 200):
         c = put(cache(tmp_path / str(k), config=CacheConfig(dino_k=k, ibot_k=k)), 3)
         difference = (losses(dense(sparse(c.dino), K), dense(sparse(c.ibot), K)) - live).abs()
-        spread = max(x.max() - x.min() for x in (student, local, patches)) / 0.1
         assert difference[0] <= (c.dino_lost + 2**-10) * spread
-        assert difference[1] <= (float(top_k(s.ibot, k)[1].max()) + 2**-10) * spread
+        assert difference[1] <= (float((top_k(s.ibot, k)[1] * weights).sum()) + 2**-10) * spread
         assert (difference < before).all()
         before = difference
 
