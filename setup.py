@@ -12,7 +12,7 @@ RTX = (
     "and (platform_machine == 'x86_64' or platform_machine == 'AMD64')"
 )
 
-TEST = ["pytest>=8", "pytest-timeout>=2", "beartype>=0.19", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"]
+TEST = ["pytest>=8", "pytest-timeout>=2", "beartype>=0.19", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "transformers>=4.57"]
 
 setup(
     name="decant-vision",

@@ -126,14 +126,3 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """Write tensors as safetensors, whole or not at all, without a second copy of them in memory."""
     with replacing(path) as part:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
-
-
-def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official DINOv2 backbone names -> ours (SwiGLU's w12/w3 are timm's fc1/fc2). Chunked block names are flattened."""
-    renamed = {}
-    for name, value in state.items():
-        parts = name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2.").split(".")
-        if parts[0] == "blocks" and len(parts) > 3 and parts[1].isdigit() and parts[2].isdigit():
-            del parts[1]  # blocks.<chunk>.<index>. ... of FSDP checkpoints
-        renamed[".".join(parts)] = value
-    return renamed

@@ -19,8 +19,10 @@ from distill.errors import EnvironmentFailed, UserError
 from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, model_info
 from distill.models.heads import DINOHead
 from distill.models.kinds import AnyBackbone, skeleton
+from distill.models.official import published_preprocess, read_official
 from distill.models.state_files import fill, read_state
 from distill.models.timm_backbone import Option, TimmBackbone, TimmConfig, make_net, preprocess_of
+from distill.models.transformers_format import read_transformers
 
 TIMM_FILES = "timm's weights are on the Hugging Face hub as timm/NAME (model.safetensors)"
 
@@ -71,7 +73,6 @@ class LoadConfig(Config):
         }
         for kind, fields in only.items():
             given = sorted(f for f in fields if f in self.model_fields_set and getattr(self, f))
-            given = [f for f in given if not (f == "heads" and self.kind == "transformers")]
             if self.kind != kind and given:
                 found.append(f"{', '.join(given)} cannot be set for kind {self.kind}: only {kind} reads it")
         if self.attention_heads is not None and self.attention_heads < 1:
@@ -174,6 +175,24 @@ def fill_timm(backbone: TimmBackbone, state: dict[str, Tensor], path: Path) -> N
     fill(backbone, own, path, backbone.config.name)
 
 
+def load_official(config: LoadConfig) -> Loaded:
+    """DINOv2's own file, with its heads where it, or the file `heads`, has them."""
+    backbone, heads = read_official(
+        Path(config.path or ""),
+        None if config.heads is None else Path(config.heads),
+        config.attention_heads,
+        config.pos_offset,
+        config.pos_antialias,
+    )
+    return Loaded(backbone, heads, published_preprocess(backbone.config), lineage(config))
+
+
+def load_transformers(config: LoadConfig) -> Loaded:
+    """A folder of the transformers library; such models have no heads."""
+    backbone, preprocess = read_transformers(Path(config.path or ""))
+    return Loaded(backbone, {}, preprocess, lineage(config))
+
+
 def load_run(config: LoadConfig) -> Loaded:
     """A model folder, or the teacher of a run folder."""
     assert config.path is not None
@@ -189,4 +208,9 @@ def lineage(config: LoadConfig, **more: Any) -> dict[str, Any]:
     return {"kind": "loaded", "format": config.kind, "source": config.path or f"timm {config.name}", **more}
 
 
-LOADERS: dict[str, Callable[[LoadConfig], Loaded]] = {"timm": load_timm, "run": load_run}
+LOADERS: dict[str, Callable[[LoadConfig], Loaded]] = {
+    "official": load_official,
+    "transformers": load_transformers,
+    "timm": load_timm,
+    "run": load_run,
+}

@@ -25,6 +25,7 @@ from distill.models.backbone import Backbone, BackboneConfig
 from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, model_info, save_model
 from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
+from distill.models.names import from_official
 from distill.objectives import ObjectivesConfig
 from distill.optim import OptimConfig, update_average
 from distill.training_state import Student, prepare_student, resume, save_state
@@ -391,7 +392,7 @@ def test_official_names():
         "blocks.2.11.mlp.w3.bias": torch.zeros(4),
         "blocks.0.norm1.weight": torch.zeros(5),
     }
-    assert {k: v.numel() for k, v in checkpoints.from_official(state).items()} == {
+    assert {k: v.numel() for k, v in from_official(state).items()} == {
         "cls_token": 1,
         "blocks.3.mlp.fc1.weight": 2,
         "blocks.7.attn.qkv.bias": 3,

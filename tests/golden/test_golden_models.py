@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from distill.models.backbone import Backbone, BackboneConfig
-from distill.models.checkpoints import from_official
 from distill.models.heads import DINOHead, HeadConfig
+from distill.models.names import from_official
 
 
 def backbone_of(v, **overrides) -> Backbone:

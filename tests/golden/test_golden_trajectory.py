@@ -8,9 +8,9 @@ from torch import nn
 
 from distill.data.loader import Batch
 from distill.models.backbone import Backbone, BackboneConfig
-from distill.models.checkpoints import from_official
 from distill.models.headed import HeadedBackbone, frozen_copy
 from distill.models.heads import DINOHead, HeadConfig
+from distill.models.names import from_official
 from distill.objectives import ObjectivesConfig, make_centrings, teacher_targets
 from distill.optim import OptimConfig, Schedules, teacher_temperature
 from distill.train import TrainConfig, student_step
