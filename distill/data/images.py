@@ -1,5 +1,6 @@
 """Encoded images become RGB whatever they are, or a BadImage with its reason."""
 
+import math
 import warnings
 from contextlib import suppress
 from functools import cache
@@ -34,9 +35,8 @@ def decode(data: bytes | Path, shorter_side: int | None = None) -> Image.Image:
     first is taken.
 
     Args:
-        shorter_side: the pixels that will be needed. A JPEG of more than four times as many is decoded at 1/2, 1/4 or 1/8 of
-            its size (never below twice `shorter_side`): several times quicker, and the antialiasing is left to the later
-            resize.
+        shorter_side: the pixels that will be needed. A JPEG of at least twice as many is decoded at 1/2, 1/4 or 1/8 of its size
+            (never below `shorter_side`), which is several times quicker.
 
     Raises:
         BadImage: empty, corrupt, truncated, missing, or of more than 100 million pixels (by its header; nothing is unpacked).
@@ -74,8 +74,8 @@ def _decode(file: Any, shorter_side: int | None) -> Image.Image:
         if max(w, h) > MAX_ASPECT * min(w, h):
             raise BadImage(f"{w} x {h} is too narrow: one side is more than {MAX_ASPECT} times the other")
         if shorter_side is not None and image.format in ("JPEG", "MPO"):
-            scale = 2 * shorter_side / min(w, h)
-            image.draft(None, (max(1, round(w * scale)), max(1, round(h * scale))))
+            scale = shorter_side / min(w, h)
+            image.draft(None, (max(1, math.ceil(w * scale)), max(1, math.ceil(h * scale))))
         image.load()
         try:
             return to_rgb(image)

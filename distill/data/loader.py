@@ -1,13 +1,16 @@
-"""Batches for the training loop. Batch `step` is a pure function of (source, settings, seed, step), so resuming at any step needs no
-state, and the number of worker processes changes nothing. Streams are the exception: they are read in order and skipped into place.
+"""Batches for the training loop. Batch `step` is a pure function of (source, settings, seed, step): resuming at any step needs no state,
+the number of worker processes changes nothing, and W training processes together make the batch that one makes. Streams are read in
+order and skipped into place.
+
+Workers decode and cut; colours are changed and pixels normalised there too when the training runs on a CPU, else on its device, so that
+bytes travel and not floats. Shape legend: B images, L local crops an image, N patches, H W pixels.
 """
 
-import math
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -17,11 +20,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distill.config import Config
-from distill.data.crops import CropsConfig, Views, make_views
+from distill.data.crops import CropsConfig, batch_draws, make_views, useful_side, view_changes
 from distill.data.encoded import ImageSource
 from distill.data.masks import batch_masks
-from distill.data.photometric import apply_changes
-from distill.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from distill.data.photometric import Changes, apply_changes
+from distill.data.preprocess import CONSTANTS, KINDS
+from distill.data.streams import StreamingSource
+
+CPU = torch.device("cpu")
+CACHED_PIXELS = 2**16  # that a CPU works on at a time: half a megabyte or so stays in its cache
 
 
 class MasksConfig(Config):
@@ -50,21 +57,51 @@ class MasksConfig(Config):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input: `global_crops` [2B, 3, H, W] and `local_crops` [L B, 3, h, w], crop-major, normalised float32;
-    `masks` [2B, N] bool (all false without masking).
+    """One step's input, crop-major (crop v of image b is row v B + b).
+
+    Attributes:
+        global_crops: [2B, 3, H, W] float32, normalised for the student.
+        local_crops: [L B, 3, h, w], the same.
+        masks: [2B, N] bool, all false without masking.
+        teacher_crops: [2B, 3, H, W], the global crops normalised for the teacher; None where that is the same.
     """
 
     global_crops: Tensor
     local_crops: Tensor
     masks: Tensor
+    teacher_crops: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.global_crops, self.local_crops, self.masks)))
+        return self._each(lambda t: t.to(device, non_blocking=True))
+
+    def parts(self, n: int) -> list["Batch"]:
+        """n micro-batches of B/n images each (sizes differ by one where n does not divide B), views of an image together."""
+        images = self.global_crops.shape[0] // 2
+        assert 1 <= n <= images, f"{images} images cannot be split into {n} parts"
+        edges = [i * images // n for i in range(n + 1)]
+
+        def part(t: Tensor, a: int, b: int) -> Tensor:
+            return t if len(t) == 0 else t.view(-1, images, *t.shape[1:])[:, a:b].flatten(0, 1)
+
+        return [self] if n == 1 else [self._each(partial(part, a=a, b=b)) for a, b in pairwise(edges)]
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors: Iterator[Any] = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(t if t is None else function(t) for t in tensors))
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """What a batch depends on besides the source. `share` is (rank, world): each rank makes its own slice of the global batch."""
+    """What a batch depends on besides the source.
+
+    Attributes:
+        patch: side in pixels of the grid on which masks are drawn.
+        normalize, teacher_normalize: kinds of `preprocess.normalize` for student and teacher; None: the teacher's is the student's.
+        batch: images a step, over all processes.
+        share: (rank, world): each rank makes its own slice of the global batch.
+        replay: after so many steps the same batches come again, pixel for pixel: for cached targets.
+        device: where colours are changed and pixels normalised; a CPU stands for the workers.
+    """
 
     crops: CropsConfig
     masks: MasksConfig | None
@@ -73,6 +110,22 @@ class LoaderSettings:
     batch: int
     seed: int
     share: tuple[int, int] = (0, 1)
+    teacher_normalize: str | None = None
+    replay: int | None = None
+    device: torch.device = CPU
+
+    def images(self) -> range:
+        """Places in the global batch of this rank's images."""
+        rank, world = self.share
+        return range(rank * self.batch // world, (rank + 1) * self.batch // world)
+
+    def positions(self, step: int) -> range:
+        """The same as positions in the run."""
+        mine = self.images()
+        return range(step * self.batch + mine.start, step * self.batch + mine.stop)
+
+    def data_step(self, step: int) -> int:
+        return step if self.replay is None else step % self.replay
 
 
 @lru_cache(maxsize=2)
@@ -86,37 +139,80 @@ def sample_index(seed: int, position: int, n: int) -> int:
     return int(_permutation(seed, epoch, n)[offset])
 
 
-def _collate(images: Iterator[Image.Image], s: LoaderSettings, step: int) -> Batch:
-    rank, world = s.share
-    mine = range(rank * s.batch // world, (rank + 1) * s.batch // world)
-    views = [make_views(im, s.crops, np.random.default_rng((s.seed, 2, step, i))) for i, im in zip(mine, images, strict=True)]
-    crops = 2 * len(views)
+@dataclass(frozen=True)
+class CutBatch:
+    """A batch whose crops are bytes of the original colours: uint8 [2B, 3, H, W] and [L B, 3, h, w], and the changes due to each."""
+
+    global_crops: Tensor
+    local_crops: Tensor
+    global_changes: Changes
+    local_changes: Changes
+    masks: Tensor
+
+    def pin_memory(self) -> "CutBatch":
+        """For DataLoader."""
+        pinned = (t.pin_memory() for t in (self.global_crops, self.local_crops, self.masks))
+        return CutBatch(next(pinned), next(pinned), self.global_changes, self.local_changes, next(pinned))
+
+
+def cut_batch(images: Iterable[Image.Image], s: LoaderSettings, step: int) -> CutBatch:
+    """Cut the crops and draw the masks of this rank's images of a step."""
+    mine, count = s.images(), 2 + s.crops.local_count
+    b, draws = len(mine), batch_draws(s.seed, step, mine, count)
+    sides = s.crops.global_size, s.crops.local_size
+    crops = [torch.empty(v, b, 3, side, side, dtype=torch.uint8) for v, side in zip((2, count - 2), sides, strict=True)]
+    for i, image in zip(range(b), images, strict=True):
+        for view, pixels in enumerate(make_views(image, s.crops, draws[i])):
+            crops[view >= 2][view - 2 * (view >= 2), i] = pixels
+    by_crop = draws.transpose(1, 0, 2).reshape(count * b, -1)
+    first, second, local = (view_changes(s.crops, by_crop[v * b : (v + 1) * b if v < 2 else None], v) for v in range(3))
     grid = (s.crops.global_size // s.patch,) * 2
-    masks = torch.zeros(crops, grid[0] * grid[1], dtype=torch.bool)
+    masks = torch.zeros(2 * b, grid[0] * grid[1], dtype=torch.bool)
     if s.masks is not None:
-        g = np.random.default_rng((s.seed, 3, step, rank))
-        masks = torch.from_numpy(batch_masks(g, crops, grid, s.masks.probability, s.masks.ratio, s.masks.min_block))
-    return Batch(_pixels(views, range(2), s.normalize), _pixels(views, range(2, 2 + s.crops.local_count), s.normalize), masks)
+        g, m = np.random.default_rng((s.seed, 3, step)), s.masks
+        chosen = [view * s.batch + i for view in range(2) for i in mine]
+        masks = torch.from_numpy(batch_masks(g, 2 * s.batch, grid, m.probability, m.ratio, m.min_block, chosen))
+    return CutBatch(crops[0].flatten(0, 1), crops[1].flatten(0, 1), first + second, local, masks)
 
 
-def _pixels(views: list[Views], crops: range, normalize: str) -> Tensor:
-    """Stack the named crops crop-major, change colours, normalise: [len(crops) B, 3, H, W]."""
-    chosen = [(v.pixels[i], v.changes[i]) for i in crops for v in views]
-    if not chosen:
-        return torch.zeros(0, 3, 1, 1)
-    x = torch.from_numpy(np.stack([p for p, _ in chosen])).permute(0, 3, 1, 2).float().div_(255)
-    return normalize_batch(apply_changes(x.contiguous(), [c for _, c in chosen]), normalize)
+def finish_batch(cut: CutBatch, s: LoaderSettings, device: torch.device = CPU) -> Batch:
+    """Change the colours and normalise, on `device`."""
+    kinds = [s.normalize]
+    if s.teacher_normalize not in (None, s.normalize):
+        kinds.append(str(s.teacher_normalize))
+    global_crops, *teacher = _finished(cut.global_crops, cut.global_changes, kinds, device)
+    (local_crops,) = _finished(cut.local_crops, cut.local_changes, kinds[:1], device)
+    return Batch(global_crops, local_crops, cut.masks.to(device, non_blocking=True), teacher[0] if teacher else None)
 
 
-def normalize_batch(x_B3HW: Tensor, kind: str) -> Tensor:
-    """`preprocess.normalize` for tensors (a test holds them equal)."""
-    if kind == "imagenet":
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return (x_B3HW - mean) / std
+def _finished(crops_B3HW: Tensor, changes: Changes, kinds: list[str], device: torch.device) -> list[Tensor]:
+    """uint8 crops -> float32, changed, once for each kind of normalisation."""
+    b, _, h, w = crops_B3HW.shape
+    crops_B3HW = crops_B3HW.to(device, non_blocking=True)
+    done = [torch.empty(crops_B3HW.shape, device=device) for _ in kinds]
+    rows = max(1, CACHED_PIXELS // (h * w)) if device.type == "cpu" else max(1, b)
+    for start in range(0, b, rows):
+        part = slice(start, start + rows)
+        x = done[0][part].copy_(crops_B3HW[part]).mul_(1 / 255)
+        apply_changes(x, changes[part])
+        for kind, out in reversed(list(zip(kinds, done, strict=True))):  # the first lies where x does
+            normalize_batch(x, kind, out[part])
+    return done
+
+
+def normalize_batch(x_B3HW: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
+    """`preprocess.normalize` for tensors (a test holds them equal). `out` may be the input."""
+    out = torch.empty_like(x_B3HW) if out is None else out
+    if kind in CONSTANTS:
+        mean, std = (torch.tensor(v, device=out.device).view(3, 1, 1) for v in CONSTANTS[kind])
+        return torch.sub(x_B3HW, mean, out=out).div_(std)
     if kind == "per_image":
-        std, mean = torch.std_mean(x_B3HW, (-2, -1), correction=0, keepdim=True)
-        return (x_B3HW - mean) / (std + 1e-3)
-    return x_B3HW
+        torch.sub(x_B3HW, x_B3HW.mean((2, 3), keepdim=True), out=out)
+        std = torch.linalg.vector_norm(out, dim=(2, 3), keepdim=True) / (out.shape[2] * out.shape[3]) ** 0.5
+        return out.div_(std + 1e-3)
+    if kind == "none":
+        return out.copy_(x_B3HW)
+    raise ValueError(f"normalize must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
 class _Steps(Dataset):
@@ -125,54 +221,61 @@ class _Steps(Dataset):
     def __init__(self, source: Any, settings: LoaderSettings):
         self.source, self.settings = source, settings
 
-    def __getitem__(self, step: int) -> Batch:
-        s = self.settings
-        rank, world = s.share
-        positions = range(step * s.batch + rank * s.batch // world, step * s.batch + (rank + 1) * s.batch // world)
-        hint = {"shorter_side": useful_side(s.crops)} if isinstance(self.source, ImageSource) else {}
-        return _collate((self.source.image(sample_index(s.seed, p, len(self.source)), **hint) for p in positions), s, step)
+    def __getitem__(self, step: int) -> CutBatch | Batch:
+        s, step = self.settings, self.settings.data_step(step)
+        indices, hint = (sample_index(s.seed, p, len(self.source)) for p in s.positions(step)), _hint(self.source, s)
+        return _made(cut_batch((self.source.image(i, **hint) for i in indices), s, step), s)
 
 
 class _Stream(IterableDataset):
-    """A streaming source from step `start` on, read by one worker; rank r of W takes every W-th position, so nothing is decoded twice."""
+    """A streaming source from step `start` on, read by one worker; other ranks' images are read, but not decoded."""
 
     def __init__(self, source: Any, settings: LoaderSettings, start: int, total: int):
         self.source, self.settings, self.start, self.total = source, settings, start, total
 
-    def __iter__(self) -> Iterator[Batch]:
-        s = self.settings
-        rank, world = s.share
-        images = self.source.iterate(s.seed, self.start * s.batch + rank, world)
-        for step in range(self.start, self.total):
-            yield _collate(islice(images, s.batch // world), s, step)
+    def __iter__(self) -> Iterator[CutBatch | Batch]:
+        s, step = self.settings, self.start
+        while step < self.total:  # once, or once a replay
+            first = s.data_step(step)
+            last = min(first + self.total - step, s.replay or self.total)
+            positions = (p for i in range(first, last) for p in s.positions(i))
+            images = self.source.iterate(s.seed, positions, **_hint(self.source, s))
+            for i in range(first, last):
+                yield _made(cut_batch(islice(images, len(s.images())), s, i), s)
+            step += last - first
+
+
+def _hint(source: Any, s: LoaderSettings) -> dict[str, int]:
+    """What lets a source of encoded images decode large ones smaller."""
+    return {"shorter_side": useful_side(s.crops)} if isinstance(source, ImageSource | StreamingSource) else {}
+
+
+def _made(cut: CutBatch, s: LoaderSettings) -> CutBatch | Batch:
+    return finish_batch(cut, s) if s.device.type == "cpu" else cut
 
 
 def batches(source: Any, settings: LoaderSettings, start: int, total: int, workers: int) -> Iterator[Batch]:
-    """Batches of steps start..total-1, made `workers` processes ahead (0: in this process)."""
+    """Batches of steps start..total-1, on the settings' device, made `workers` processes ahead (0: in this process)."""
     streams = hasattr(source, "iterate")
     workers = min(workers, 1) if streams else workers
     common: dict[str, Any] = {
         "batch_size": None,
         "num_workers": workers,
-        "prefetch_factor": 4 if workers else None,
-        "worker_init_fn": _leave_signals_to_the_loop,
+        "prefetch_factor": 2 if workers else None,
+        "pin_memory": settings.device.type == "cuda",
+        "worker_init_fn": _prepare_worker,
     }
     if streams:
-        yield from DataLoader(_Stream(source, settings, start, total), **common)
+        loader = DataLoader(_Stream(source, settings, start, total), **common)
     else:
-        yield from DataLoader(_Steps(source, settings), sampler=range(start, total), **common)
+        loader = DataLoader(_Steps(source, settings), sampler=range(start, total), **common)
+    for made in loader:
+        yield finish_batch(made, settings, settings.device) if isinstance(made, CutBatch) else made
 
 
-def _leave_signals_to_the_loop(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """A signal to the whole process group must not take the workers from a loop that is about to write its checkpoint; one that waits for
     data for ever must not outlive the loop either.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
-
-
-def useful_side(crops: CropsConfig) -> int:
-    """The shorter side in pixels beyond which no crop gains detail: huge JPEGs need not be decoded in full."""
-    sides = [crops.global_size / crops.global_scale[0] ** 0.5]
-    sides += [crops.local_size / crops.local_scale[0] ** 0.5] if crops.local_count else []
-    return math.ceil(max(sides))

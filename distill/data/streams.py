@@ -3,7 +3,7 @@
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -45,22 +45,30 @@ class StreamingSource:
         """Of name, config, split and revision, or of the local files' content."""
         return self._fingerprint
 
-    def iterate(self, seed: int, skip: int = 0, step: int = 1) -> Iterator[Image.Image]:
-        """Images at positions skip, skip + step, ... of the endless stream of `seed`; each epoch is shuffled anew.
+    def iterate(
+        self, seed: int, positions: Iterable[int] | None = None, shorter_side: int | None = None
+    ) -> Iterator[Image.Image]:
+        """Images at these increasing positions (all of them: None) of the endless stream of `seed`; each epoch is shuffled anew.
 
-        Rank r of W takes `iterate(seed, first + r, W)`: together they give the one sequence, in any number of processes.
-        Skipped items are read, not decoded; epochs after the first are not even read.
+        Processes that take each other's complement of the positions together give the one sequence. What lies between is read, not
+        decoded; of the epochs before the first position only one is read, to learn how long an epoch is.
+
+        Args:
+            shorter_side: as in `decode`.
 
         Raises:
             UserError: the stream is empty, more than half of the first 100 images tried are bad, or an epoch has no good one.
         """
-        wanted, tried, bad, bad_run = skip, 0, 0, 0
-        for position, cell in self._cells(seed, skip):
+        places = iter(itertools.count() if positions is None else positions)
+        wanted, tried, bad, bad_run = next(places, None), 0, 0, 0
+        if wanted is None:
+            return
+        for position, cell in self._cells(seed, wanted):
             if position < wanted:
                 continue
             tried += 1
             try:
-                image = decode(encoded_cell(cell))
+                image = decode(encoded_cell(cell), shorter_side)
             except BadImage as e:
                 bad, bad_run = bad + 1, bad_run + 1
                 self._note(position, e.reason)
@@ -71,8 +79,11 @@ class StreamingSource:
                 continue
             bad_run = 0
             while wanted <= position:
-                yield image.copy() if wanted < position else image
-                wanted += step
+                following = next(places, None)
+                yield image.copy() if following is not None and following <= position else image
+                if following is None:
+                    return
+                wanted = following
 
     def skipped_summary(self) -> str:
         """One line for the log; empty when nothing was skipped."""

@@ -8,16 +8,21 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from distill.data.crops import CropsConfig, make_views, random_box
-from distill.data.photometric import Changes
+from distill.data.crops import DRAWS, TRIES, CropsConfig, batch_draws, make_views, random_boxes, useful_side, view_changes
 
 SHAPES = [(1, 1), (2, 1), (1, 3), (1000, 1), (1, 1000), (640, 480), (37, 1200), (3000, 5), (16, 16)]
 PLAIN = CropsConfig(global_size=32, local_size=16, local_count=3, flip=0.0)
 
 
 def boxes(width: int, height: int, scale: tuple[float, float], n: int = 3000, seed: int = 0) -> np.ndarray:
-    g = np.random.default_rng(seed)
-    return np.array([random_box(g, width, height, scale) for _ in range(n)])
+    u = np.random.default_rng(seed).random((n, TRIES, 4))
+    return random_boxes(u, width, height, np.array([scale] * n))
+
+
+def views_of(image: Image.Image, config: CropsConfig, seed: int = 0, place: int = 0) -> list[np.ndarray]:
+    """Crops [h, w, 3]."""
+    draws = batch_draws(seed, 0, range(place, place + 1), 2 + config.local_count)[0]
+    return [v.permute(1, 2, 0).numpy() for v in make_views(image, config, draws)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -71,37 +76,77 @@ def test_every_place_is_reached():
 
 
 def test_the_centre_when_nothing_fits():
-    assert random_box(np.random.default_rng(0), 1000, 1, (0.9, 1.0)) == (499, 0, 500, 1)
-    assert random_box(np.random.default_rng(0), 1000, 30, (0.9, 1.0)) == (480, 0, 520, 30)
-    assert random_box(np.random.default_rng(0), 30, 1000, (0.9, 1.0)) == (0, 480, 30, 520)
+    assert tuple(boxes(1000, 1, (0.9, 1.0), 1)[0]) == (499, 0, 500, 1)
+    assert tuple(boxes(1000, 30, (0.9, 1.0), 1)[0]) == (480, 0, 520, 30)
+    assert tuple(boxes(30, 1000, (0.9, 1.0), 1)[0]) == (0, 480, 30, 520)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_views_of_every_shape(shape):
     pixels = np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), np.uint8)
-    views = make_views(Image.fromarray(pixels), PLAIN, np.random.default_rng(1))
-    assert [p.shape for p in views.pixels] == [(32, 32, 3)] * 2 + [(16, 16, 3)] * 3
-    assert all(p.dtype == np.uint8 for p in views.pixels)
-    assert len(views.changes) == 5
-    assert all(isinstance(c, Changes) for c in views.changes)
-    assert not any(c.solarise for c in [views.changes[0], *views.changes[2:]])
+    views = views_of(Image.fromarray(pixels), PLAIN, 1)
+    assert [p.shape for p in views] == [(32, 32, 3)] * 2 + [(16, 16, 3)] * 3
+    assert all(p.dtype == np.uint8 for p in views)
+
+
+def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def boxes_of(config: CropsConfig, draws: np.ndarray, size: tuple[int, int]) -> list[list[int]]:
+    scale = np.array([config.global_scale] * 2 + [config.local_scale] * config.local_count)
+    return random_boxes(draws[:, : 4 * TRIES].reshape(-1, TRIES, 4), size[0], size[1], scale).tolist()
+
+
+def pillows(image: Image.Image, box: list[int], side: int) -> np.ndarray:
+    """[3, side, side] int: cut, then resized, as torchvision's RandomResizedCrop does it with Pillow."""
+    cut = image.crop((box[0], box[1], box[2], box[3])).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(cut).transpose(2, 0, 1).astype(int)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (96, 128), (24, 20)])
+def test_crops_are_pillows(size):
+    image = smooth(*size)
+    config = CropsConfig(global_size=64, local_size=40, local_count=6, flip=0.0, local_scale=(0.01, 0.3))
+    assert useful_side(config) > 375 / 2
+    draws = batch_draws(3, 0, range(1), 8)[0]
+    views = make_views(image, config, draws)
+    for view, box in zip(views, boxes_of(config, draws, size), strict=True):
+        assert abs(view.numpy() - pillows(image, box, view.shape[1])).max() <= 2
+
+
+def test_large_images_are_reduced_first():
+    """By whole pixels, and never so far that a crop would lack detail."""
+    config = CropsConfig(
+        global_size=32, local_size=16, local_count=2, flip=0.0, global_scale=(0.4, 1.0), local_scale=(0.3, 0.5)
+    )
+    side = useful_side(config)
+    assert side == math.ceil(32 / (0.4 * 0.75) ** 0.5)
+    large = smooth(8 * side, 8 * side + 5)
+    draws = batch_draws(0, 0, range(1), 4)[0]
+    for ours, from_small in zip(make_views(large, config, draws), make_views(large.reduce(8), config, draws), strict=True):
+        assert torch.equal(ours, from_small)
+    slightly = smooth(2 * side - 1, 2 * side)
+    box = boxes_of(config, draws, slightly.size)[0]
+    assert abs(make_views(slightly, config, draws)[0].numpy() - pillows(slightly, box, 32)).max() <= 2
 
 
 def test_a_whole_crop_is_the_resized_image():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     config = CropsConfig(global_size=32, local_count=0, flip=0.0, global_scale=(1.0, 1.0))
-    found = [make_views(image, config, np.random.default_rng(s)).pixels[0] for s in range(40)]
+    found = [views_of(image, config, s)[0] for s in range(40)]
     whole = [p for p in found if np.array_equal(p, np.asarray(image))]  # where the aspect came out as 1, or all tries failed
     assert whole
     flipped = CropsConfig(global_size=32, local_count=0, flip=1.0, global_scale=(1.0, 1.0))
     for seed, straight in enumerate(found):
-        assert np.array_equal(make_views(image, flipped, np.random.default_rng(seed)).pixels[0], straight[:, ::-1])
+        assert np.array_equal(views_of(image, flipped, seed)[0], straight[:, ::-1])
 
 
 def test_half_of_the_crops_are_flipped():
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 1, 3)))
     config = CropsConfig(global_size=16, local_size=8, local_count=2)
-    views = [make_views(ramp, config, np.random.default_rng(s)).pixels for s in range(300)]
+    views = [views_of(ramp, config, s) for s in range(300)]
     for i in range(4):
         flipped = np.mean([v[i][:, 0].mean() > v[i][:, -1].mean() for v in views])
         assert abs(flipped - 0.5) < 4.5 * 0.5 / 300**0.5
@@ -111,22 +156,34 @@ def test_global_crops_are_large_and_local_ones_small():
     """The range of a ramp's values inside a crop tells how wide the crop was."""
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (256, 1, 3)))
     config = CropsConfig(global_size=64, local_size=64, local_count=2)
-    widths = np.array(
-        [[np.ptp(p) / 255 for p in make_views(ramp, config, np.random.default_rng(s)).pixels] for s in range(100)]
-    )
+    widths = np.array([[np.ptp(p) / 255 for p in views_of(ramp, config, s)] for s in range(100)])
     assert widths[:, :2].mean() > 0.7
     assert widths[:, 2:].mean() < 0.5
     assert widths[:, :2].min() > (0.32 * 0.75) ** 0.5 - 0.05
     assert widths[:, 2:].max() < (0.32 * 4 / 3) ** 0.5 + 0.05
 
 
-def test_views_depend_on_the_stream_alone():
+def test_a_slice_of_a_batch_draws_what_the_batch_does():
+    whole = batch_draws(5, 7, range(12), 3)
+    assert whole.shape == (12, 3, DRAWS)
+    for images in (range(1), range(3, 7), range(11, 12), range(4, 4)):
+        assert np.array_equal(batch_draws(5, 7, images, 3), whole[images.start : images.stop])
+    others = [batch_draws(*key, range(12), 3) for key in ((5, 8), (6, 7), (7, 5))]
+    assert not any(np.isin(other, whole).any() for other in others)
+    assert len(np.unique(whole)) == whole.size
+    assert whole.mean() == pytest.approx(0.5, abs=4.5 / 12**0.5 / whole.size**0.5)
+
+
+def test_views_depend_on_their_draws_alone():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
-    one, same, other = (make_views(image, PLAIN, np.random.default_rng(s)) for s in ((5, 2, 7, 3), (5, 2, 7, 3), (5, 2, 7, 4)))
-    assert all(np.array_equal(a, b) for a, b in zip(one.pixels, same.pixels, strict=True))
-    assert one.changes == same.changes
-    assert not all(np.array_equal(a, b) for a, b in zip(one.pixels, other.pixels, strict=True))
-    assert one.changes != other.changes
+    one, same, other = views_of(image, PLAIN, 5, 3), views_of(image, PLAIN, 5, 3), views_of(image, PLAIN, 5, 4)
+    assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not any(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_solarisation_is_for_the_second_global_crop_alone():
+    draws = batch_draws(0, 0, range(200), 1)[:, 0]
+    assert [view_changes(CropsConfig(), draws, v).solarise.any() for v in range(3)] == [False, True, False]
 
 
 @pytest.mark.parametrize(

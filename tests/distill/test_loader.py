@@ -1,19 +1,28 @@
 """Batches: a pure function of (source, settings, seed, step), whoever makes them, from wherever they start, in slices or whole."""
 
-from collections.abc import Iterator
+import io
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
+from distill.data import loader, streams
 from distill.data.crops import CropsConfig
+from distill.data.images import decode
 from distill.data.loader import Batch, LoaderSettings, MasksConfig, batches, normalize_batch, sample_index
-from distill.data.preprocess import normalize
+from distill.data.preprocess import KINDS, normalize
 from distill.data.scenes import ScenesConfig
+from distill.data.sources import DatasetsConfig
+from distill.data.streams import StreamingSource
 
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it does
 
@@ -53,12 +62,11 @@ class Endless:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def iterate(self, seed: int, skip: int = 0, step: int = 1) -> Iterator[Image.Image]:
-        self.asked.append((seed, skip))
-        position = skip
-        while True:
+    def iterate(self, seed: int, positions: Iterable[int]) -> Iterator[Image.Image]:
+        for i, position in enumerate(positions):
+            if i == 0:
+                self.asked.append((seed, position))
             yield flat((position + seed) % 256)
-            position += step
 
 
 def values(batch: Batch) -> list[int]:
@@ -68,11 +76,22 @@ def values(batch: Batch) -> list[int]:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return (
-        torch.equal(a.global_crops, b.global_crops)
-        and torch.equal(a.local_crops, b.local_crops)
-        and torch.equal(a.masks, b.masks)
-    )
+    """Bit for bit, whatever tensors they hold."""
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch)]
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
+
+
+def joined(parts: list[Batch], s: LoaderSettings) -> Batch:
+    """The batch whose images these parts hold in turn: each is split by crops, then the images are put together."""
+    counts = {"global_crops": 2, "local_crops": s.crops.local_count, "masks": 2, "teacher_crops": 2}
+
+    def join(name: str) -> Any:
+        tensors = [getattr(p, name) for p in parts]
+        if tensors[0] is None:
+            return None
+        return torch.cat([t.reshape(counts[name], -1, *t.shape[1:]) for t in tensors], 1).flatten(0, 1)
+
+    return Batch(*(join(f.name) for f in fields(Batch)))
 
 
 SOURCE = ScenesConfig(count=20, size=32).build()
@@ -155,22 +174,72 @@ def test_the_same_image_gets_other_crops_each_time():
     assert all(not torch.equal(a, b) for i, a in enumerate(batch) for b in batch[:i])
 
 
-def by_image(x: Tensor, crops: int) -> Tensor:
-    return x.view(crops, -1, *x.shape[1:])
+# ---- several processes ----
 
 
-@pytest.mark.parametrize(("batch", "world"), [(6, 2), (6, 3), (7, 2), (8, 3), (5, 5)])
-def test_the_slices_of_all_ranks_tile_the_batch(batch, world):
-    source = SOURCE
-    s = settings(batch=batch, masks=None)
-    for step in (0, 3):
-        whole = next(batches(source, s, step, step + 1, 0))
-        parts = [
-            next(batches(source, settings(batch=batch, masks=None, share=(r, world)), step, step + 1, 0)) for r in range(world)
-        ]
-        for name, crops in (("global_crops", 2), ("local_crops", 3)):
-            tiled = torch.cat([by_image(getattr(p, name), crops) for p in parts], 1)
-            assert torch.equal(tiled, by_image(getattr(whole, name), crops))
+def sharded(folder: Path, files: int = 4, each: int = 11) -> StreamingSource:
+    """A stream of several parquet files through a shuffle buffer; one image is broken."""
+    paths = []
+    for f in range(files):
+        cells = []
+        for i in range(each):
+            out = io.BytesIO()
+            SOURCE.image((f * each + i) % len(SOURCE)).resize((30 + f, 26 + i)).save(out, "PNG")
+            cells.append({"bytes": b"broken" if (f, i) == (1, 5) else out.getvalue(), "path": None})
+        paths.append(str(folder / f"{f}.parquet"))
+        pq.write_table(pa.table({"image": pa.array(cells)}), paths[-1], row_group_size=4)
+    source = DatasetsConfig(name="parquet", data_files=paths, streaming=True, buffer=10).build()
+    assert isinstance(source, StreamingSource)
+    return source
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("cache")
+    yield {"scenes": SOURCE, "stream": sharded(tmp_path_factory.mktemp("shards"))}
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+def fresh(source: Any) -> Any:
+    """As another process would open it: nothing learnt."""
+    return pickle.loads(pickle.dumps(source)) if isinstance(source, StreamingSource) else source
+
+
+@pytest.mark.parametrize("kind", ["scenes", "stream"])
+@pytest.mark.parametrize(("batch", "world"), [(8, 1), (8, 2), (8, 4), (7, 3), (5, 5)])
+def test_the_ranks_together_make_the_batch_of_one_process(sources, kind, batch, world):
+    """Crops, colours and masks, bit for bit; whoever divides the images, unevenly too."""
+    s = settings(batch=batch, teacher_normalize="imagenet")
+    whole = list(batches(fresh(sources[kind]), s, 0, 4, 0))
+    ranks = [list(batches(fresh(sources[kind]), replace(s, share=(r, world)), 0, 4, 0)) for r in range(world)]
+    for step, one in enumerate(whole):
+        assert same(joined([made[step] for made in ranks], s), one), step
+        assert one.masks.any()
+
+
+@pytest.mark.parametrize("kind", ["scenes", "stream"])
+def test_resuming_on_another_number_of_processes(sources, kind):
+    """One process, killed in mid-epoch and in mid-shard; two go on, then four, each with nothing but the step's number."""
+    s = settings(batch=8)
+    whole = list(batches(fresh(sources[kind]), s, 0, 9, 0))  # 72 images of 20 or 44: into the second epoch and beyond
+    for start, world in ((2, 2), (3, 2), (6, 4), (7, 1)):
+        ranks = [list(batches(fresh(sources[kind]), replace(s, share=(r, world)), start, 9, 1)) for r in range(world)]
+        for i, one in enumerate(whole[start:]):
+            assert same(joined([made[i] for made in ranks], s), one), (start, world, i)
+
+
+def test_other_ranks_images_and_skipped_ones_are_not_decoded(sources, monkeypatch):
+    decoded = []
+
+    def counted(data: Any, side: int | None) -> Image.Image:
+        decoded.append(data)
+        return decode(data, side)
+
+    monkeypatch.setattr(streams, "decode", counted)
+    list(batches(fresh(sources["stream"]), settings(batch=8, share=(1, 2)), 4, 5, 0))
+    assert 4 <= len(decoded) <= 5  # one more where the broken one is met
 
 
 @pytest.mark.parametrize(("batch", "world"), [(6, 2), (6, 3), (5, 5)])
@@ -180,14 +249,78 @@ def test_the_ranks_share_a_stream_and_decode_nothing_twice(batch, world):
         ranks = [[values(b) for b in batches(Endless(), settings(**bare, share=(r, world)), start, 5, 0)] for r in range(world)]
         for i, step in enumerate(range(start, 5)):
             together = [v for rank in ranks for v in rank[i]]
-            assert sorted(together) == [p + 3 for p in range(step * batch, (step + 1) * batch)]  # the seed is 3
+            assert together == [p + 3 for p in range(step * batch, (step + 1) * batch)]  # the seed is 3
             assert {len(rank[i]) for rank in ranks} == {batch // world}
 
 
-def test_ranks_mask_differently():
-    masks = [next(batches(SOURCE, settings(batch=16, share=(r, 2)), 0, 1, 0)).masks for r in range(2)]
-    assert masks[0].shape == masks[1].shape == (16, 16)
-    assert not torch.equal(*masks)
+# ---- replay, parts, teacher, devices ----
+
+
+@pytest.mark.parametrize("kind", ["scenes", "stream"])
+def test_replay_brings_the_same_batches_again(sources, kind):
+    plain = list(batches(fresh(sources[kind]), settings(), 0, 3, 0))
+    s = settings(replay=3)
+    again = list(batches(fresh(sources[kind]), s, 0, 8, 1))
+    assert len(again) == 8
+    assert all(same(b, plain[step % 3]) for step, b in enumerate(again))
+    late = list(batches(fresh(sources[kind]), s, 4, 8, 0))
+    assert all(same(a, b) for a, b in zip(late, again[4:], strict=True))
+    assert list(batches(fresh(sources[kind]), s, 8, 8, 0)) == []
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_parts_are_slices_by_image(n):
+    s = settings(teacher_normalize="imagenet")
+    whole = next(batches(SOURCE, s, 0, 1, 0))
+    parts = whole.parts(n)
+    assert [len(p.masks) for p in parts] == [12 // n] * n
+    assert same(joined(parts, s), whole)
+    one = parts[-1]  # what a rank with the last images would have made
+    assert same(one, next(batches(SOURCE, replace(s, share=(n - 1, n)), 0, 1, 0)))
+
+
+def test_parts_of_odd_batches_without_local_crops_or_teacher():
+    s = settings(batch=5, crops=CROPS.model_copy(update={"local_count": 0}))
+    whole = next(batches(SOURCE, s, 0, 1, 0))
+    parts = whole.parts(2)
+    assert [p.global_crops.shape[0] for p in parts] == [4, 6]
+    assert all(p.local_crops.shape[0] == 0 and p.teacher_crops is None for p in parts)
+    both = torch.cat([p.masks.view(2, -1, 16) for p in parts], 1).flatten(0, 1)
+    assert torch.equal(both, whole.masks)
+    with pytest.raises(AssertionError):
+        whole.parts(6)
+
+
+def test_the_teacher_sees_the_same_pixels_in_its_own_units():
+    raw = next(batches(SOURCE, settings(normalize="none"), 0, 1, 0))
+    both = next(batches(SOURCE, settings(teacher_normalize="imagenet"), 0, 1, 0))
+    assert both.teacher_crops is not None
+    torch.testing.assert_close(both.teacher_crops, normalize_batch(raw.global_crops, "imagenet"))
+    torch.testing.assert_close(both.global_crops, normalize_batch(raw.global_crops, "per_image"))
+    for equal in (None, "per_image"):
+        assert next(batches(SOURCE, settings(teacher_normalize=equal), 0, 1, 0)).teacher_crops is None
+
+
+def test_another_device_gets_bytes_and_finishes_there():
+    """The meta device computes shapes alone, and refuses a tensor that was left on the CPU."""
+    s = settings(teacher_normalize="clip", batch=9)
+    want = next(batches(SOURCE, s, 0, 1, 0))
+    for workers in (0, 1):
+        made = next(batches(SOURCE, replace(s, device=torch.device("meta")), 0, 1, workers))
+        for f in fields(Batch):
+            got = getattr(made, f.name)
+            assert got.device.type == "meta"
+            assert (got.shape, got.dtype) == (getattr(want, f.name).shape, getattr(want, f.name).dtype)
+
+
+def test_finishing_all_at_once_as_a_gpu_does_gives_the_same(monkeypatch):
+    crops = CROPS.model_copy(update={"global_size": 96, "blur": (0.5, 0.5, 0.5)})
+    s = settings(crops=crops, batch=12)
+    in_parts = next(batches(SOURCE, s, 0, 1, 0))
+    monkeypatch.setattr(loader, "CACHED_PIXELS", 2**40)
+    at_once = next(batches(SOURCE, s, 0, 1, 0))
+    torch.testing.assert_close(at_once.global_crops, in_parts.global_crops, rtol=0, atol=2e-5)
+    torch.testing.assert_close(at_once.local_crops, in_parts.local_crops, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -216,7 +349,7 @@ def test_a_stream_is_not_read_before_it_is_needed():
     assert len(source.asked) == 1
 
 
-@pytest.mark.parametrize("kind", ["imagenet", "per_image", "none"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_normalisation_is_that_of_the_preprocessing(kind):
     torch.manual_seed(0)
     x = torch.rand(5, 3, 12, 9)
@@ -224,6 +357,12 @@ def test_normalisation_is_that_of_the_preprocessing(kind):
     x[2, 1] = 1.0  # one flat channel
     want = np.stack([normalize(image.numpy(), kind) for image in x])
     np.testing.assert_allclose(normalize_batch(x, kind).numpy(), want, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(normalize_batch(x, kind, x).numpy(), want, rtol=1e-4, atol=2e-5)  # in place
+
+
+def test_an_unknown_normalisation_is_an_error():
+    with pytest.raises(ValueError, match="must be one of imagenet"):
+        normalize_batch(torch.rand(1, 3, 2, 2), "imagnet")
 
 
 def test_crops_are_normalised():

@@ -1,6 +1,6 @@
 """Photometric changes against torchvision's, crop by crop; and how often each is drawn."""
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,29 @@ from distill.data.photometric import Changes, apply_changes, gaussian_blur
 
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it does
 
-NOTHING = Changes(None, (0, 1, 2, 3), False, 0.0, False)
+
+@dataclass(frozen=True)
+class One:
+    """One crop's parameters."""
+
+    jitter: tuple[float, ...] = (1.0, 1.0, 1.0, 0.0)
+    order: tuple[int, ...] = (0, 1, 2, 3)
+    grey: bool = False
+    sigma: float = 0.0
+    solarise: bool = False
+
+
+def together(ones: list[One]) -> Changes:
+    kinds = {"jitter": np.float32, "sigma": np.float32}
+    return Changes(**{f.name: np.array([getattr(o, f.name) for o in ones], kinds.get(f.name)) for f in fields(One)})
+
+
+def apart(changes: Changes) -> list[One]:
+    columns = [getattr(changes, f.name).tolist() for f in fields(One)]
+    return [One(tuple(j), tuple(o), *rest) for j, o, *rest in zip(*columns, strict=True)]
+
+
+NOTHING = One()
 OPS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 # torchvision rounds luma's red to 0.2989; hue divides by spans that may be tiny.
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 3e-4}
@@ -31,10 +53,10 @@ def crops() -> torch.Tensor:
     return x
 
 
-def theirs(x: torch.Tensor, change: Changes) -> torch.Tensor:
+def theirs(x: torch.Tensor, change: One) -> torch.Tensor:
     """The same change by torchvision's functions, one crop [3, H, W]."""
-    if change.jitter is not None:
-        for op in change.order:
+    for op in change.order:
+        if change.jitter[op] != NOTHING.jitter[op]:
             x = OPS[op](x, change.jitter[op])
     if change.grey:
         x = tv.rgb_to_grayscale(x, num_output_channels=3)
@@ -55,34 +77,34 @@ def factors(op: int, value: float) -> tuple[float, float, float, float]:
 @pytest.mark.parametrize("op", [0, 1, 2], ids=["brightness", "contrast", "saturation"])
 def test_factors(crops, op, value):
     change = replace(NOTHING, jitter=factors(op, value))
-    got = apply_changes(crops.clone(), [change] * 6)
+    got = apply_changes(crops.clone(), together([change] * 6))
     torch.testing.assert_close(got, torch.stack([OPS[op](x, value) for x in crops]), **CLOSE)
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.1, -0.01, 0.0, 0.05, 0.1, 0.3, 0.5])
 def test_hue(crops, shift):
-    got = apply_changes(crops.clone(), [replace(NOTHING, jitter=factors(3, shift))] * 6)
+    got = apply_changes(crops.clone(), together([replace(NOTHING, jitter=factors(3, shift))] * 6))
     torch.testing.assert_close(got, torch.stack([tv.adjust_hue(x, shift) for x in crops]), **CLOSE)
     torch.testing.assert_close(got.amax(1), crops.amax(1))  # value and chroma stay
     torch.testing.assert_close(got.amin(1), crops.amin(1))
 
 
 def test_greyscale(crops):
-    got = apply_changes(crops.clone(), [replace(NOTHING, grey=True)] * 6)
+    got = apply_changes(crops.clone(), together([replace(NOTHING, grey=True)] * 6))
     torch.testing.assert_close(got, tv.rgb_to_grayscale(crops, num_output_channels=3), **CLOSE)
     assert torch.equal(got[:, 0], got[:, 2])
 
 
 def test_solarise():
     levels = torch.arange(256).div(255).view(1, 1, 16, 16).expand(1, 3, -1, -1)
-    got = apply_changes(levels.clone(), [replace(NOTHING, solarise=True)])
+    got = apply_changes(levels.clone(), together([replace(NOTHING, solarise=True)]))
     want = tv.solarize((levels * 255).round().to(torch.uint8), 128)  # as Pillow, and so as the DINO paper's code
     assert torch.equal((got * 255).round().to(torch.uint8), want)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
 def test_blur(crops, sigma):
-    got = apply_changes(crops.clone(), [replace(NOTHING, sigma=sigma)] * 6)
+    got = apply_changes(crops.clone(), together([replace(NOTHING, sigma=sigma)] * 6))
     torch.testing.assert_close(got, tv.gaussian_blur(crops, [9, 9], [sigma, sigma]), rtol=0, atol=2e-6)
 
 
@@ -96,9 +118,8 @@ def test_blur_of_crops_smaller_than_its_kernel(size):
     torch.testing.assert_close(gaussian_blur(torch.full_like(x, 0.3), torch.tensor([0.5, 2.0])), torch.full_like(x, 0.3))
 
 
-def drawn(n: int, config: CropsConfig, view: int, seed: int = 0) -> list[Changes]:
-    g = np.random.default_rng(seed)
-    return [Changes.draw(g, config, view) for _ in range(n)]
+def drawn(n: int, config: CropsConfig, view: int, seed: int = 0) -> list[One]:
+    return apart(Changes.draw(np.random.default_rng(seed).random((n, Changes.DRAWS)), config, view))
 
 
 def test_a_batch_is_its_crops_one_by_one_and_torchvisions():
@@ -106,25 +127,25 @@ def test_a_batch_is_its_crops_one_by_one_and_torchvisions():
     torch.manual_seed(1)
     x, changes = torch.rand(24, 3, 20, 20), drawn(24, CropsConfig(blur=(0.5, 0.5, 0.5), grey=0.3, solarise=0.5), 1)
     assert len({c.order for c in changes}) > 5
-    together = apply_changes(x.clone(), changes)
+    got = apply_changes(x.clone(), together(changes))
     for i, change in enumerate(changes):
-        torch.testing.assert_close(together[i], apply_changes(x[i : i + 1].clone(), [change])[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(got[i], apply_changes(x[i : i + 1].clone(), together([change]))[0], rtol=0, atol=1e-6)
         if not change.solarise:  # which jumps at 128, so that rounding before it shows
-            torch.testing.assert_close(together[i], theirs(x[i], change), **CLOSE)
+            torch.testing.assert_close(got[i], theirs(x[i], change), **CLOSE)
         else:
             far = (theirs(x[i], replace(change, solarise=False)) - 128 / 255).abs() > 1e-3
-            torch.testing.assert_close(together[i][far], theirs(x[i], change)[far], **CLOSE)
+            torch.testing.assert_close(got[i][far], theirs(x[i], change)[far], **CLOSE)
 
 
 def test_no_change_changes_nothing(crops):
-    assert torch.equal(apply_changes(crops.clone(), [NOTHING] * 6), crops)
+    assert torch.equal(apply_changes(crops.clone(), together([NOTHING] * 6)), crops)
     neutral = replace(NOTHING, jitter=(1.0, 1.0, 1.0, 0.0))
-    assert torch.equal(apply_changes(crops.clone(), [neutral] * 6), crops)
+    assert torch.equal(apply_changes(crops.clone(), together([neutral] * 6)), crops)
 
 
 def test_values_stay_in_range():
     x, wild = torch.rand(40, 3, 8, 8), CropsConfig(jitter=(1.0, 1.0, 1.0, 0.5), jitter_p=1.0, solarise=1.0)
-    got = apply_changes(x, drawn(40, wild, 1))
+    got = apply_changes(x, together(drawn(40, wild, 1)))
     assert got.min() >= -1e-6
     assert got.max() <= 1 + 1e-6
 
@@ -140,7 +161,7 @@ def test_probabilities_of_each_view(view, blur, solarise):
     share([c.sigma > 0 for c in changes], blur)
     share([c.solarise for c in changes], solarise)
     share([c.grey for c in changes], 0.2)
-    share([c.jitter is not None for c in changes], 0.8)
+    share([c.jitter != NOTHING.jitter for c in changes], 0.8)
     blurred = [c.sigma for c in changes if c.sigma]
     assert min(blurred) >= 0.1
     assert max(blurred) <= 2.0
@@ -148,7 +169,7 @@ def test_probabilities_of_each_view(view, blur, solarise):
 
 
 def test_ranges_of_the_jitter():
-    changes = [c for c in drawn(6000, CropsConfig(), 0) if c.jitter is not None]
+    changes = [c for c in drawn(6000, CropsConfig(), 0) if c.jitter != NOTHING.jitter]
     values = np.array([c.jitter for c in changes])
     for column, middle, reach in zip(values.T, (1, 1, 1, 0), (0.4, 0.4, 0.2, 0.1), strict=True):
         assert column.min() >= middle - reach
@@ -165,16 +186,25 @@ def test_certain_and_impossible_changes():
     always = CropsConfig(jitter_p=1.0, grey=1.0, blur=(1.0, 1.0, 1.0), solarise=1.0)
     never = CropsConfig(jitter_p=0.0, grey=0.0, blur=(0.0, 0.0, 0.0), solarise=0.0)
     for view in range(3):
-        assert all(c.jitter and c.grey and c.sigma and c.solarise == (view == 1) for c in drawn(200, always, view))
+        assert all(
+            c.jitter != NOTHING.jitter and c.grey and c.sigma and c.solarise == (view == 1) for c in drawn(200, always, view)
+        )
         assert all(replace(c, order=(0, 1, 2, 3)) == NOTHING for c in drawn(200, never, view))
 
 
 def test_settings_do_not_shift_the_stream():
-    def after(config: CropsConfig) -> list[float]:
-        g = np.random.default_rng(0)
-        Changes.draw(g, config, 0)
-        return g.random(3).tolist()
-
-    wanted = after(CropsConfig())
+    """What is left on is the same whatever else is switched off."""
+    base = drawn(50, CropsConfig(), 0)
     for changed in ({"jitter_p": 0.0}, {"grey": 1.0}, {"jitter": (0.0, 0.0, 0.0, 0.0)}, {"blur": (0.0, 0.0, 0.0)}):
-        assert after(CropsConfig(**changed)) == wanted, changed
+        got = drawn(50, CropsConfig(**changed), 0)
+        for name in ("jitter", "grey", "sigma"):
+            if not any(name in key for key in changed) and not (name == "sigma" and "blur" in changed):
+                assert [getattr(c, name) for c in got] == [getattr(c, name) for c in base], (changed, name)
+
+
+def test_any_part_of_the_crops_may_be_changed_in_turn():
+    x, changes = torch.rand(30, 3, 12, 12), together(drawn(30, CropsConfig(blur=(0.5, 0.5, 0.5)), 1))
+    whole = apply_changes(x.clone(), changes)
+    parts = torch.cat([apply_changes(x[s : s + 7].clone(), changes[s : s + 7]) for s in range(0, 30, 7)])
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+    assert apart(changes[:4] + changes[4:]) == apart(changes)

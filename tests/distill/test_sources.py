@@ -602,8 +602,10 @@ def test_stream_resumes_exactly(tmp_path, bad):
     sequence = take(stream(tmp_path, bad=bad, buffer=8).iterate(3), 100)
     for skip in (1, 7, 29, 30, 31, 60, 75):
         fresh = stream(tmp_path, bad=bad, buffer=8)
-        assert take(fresh.iterate(3, skip=skip), 100 - skip) == sequence[skip:]
-        assert take(fresh.iterate(3, skip=skip), 100 - skip) == sequence[skip:]  # now that it knows an epoch's length
+        assert take(fresh.iterate(3, itertools.count(skip)), 100 - skip) == sequence[skip:]
+        assert (
+            take(fresh.iterate(3, itertools.count(skip)), 100 - skip) == sequence[skip:]
+        )  # now that it knows an epoch's length
 
 
 def test_known_epochs_are_skipped_unread(tmp_path, monkeypatch):
@@ -612,7 +614,7 @@ def test_known_epochs_are_skipped_unread(tmp_path, monkeypatch):
     read = []
     shuffled = StreamingSource._shuffled
     monkeypatch.setattr(StreamingSource, "_shuffled", lambda self, g: read.append(1) or shuffled(self, g))
-    assert take(source.iterate(0, skip=300), 5) == later
+    assert take(source.iterate(0, itertools.count(300)), 5) == later
     assert len(read) == 1
 
 
@@ -620,7 +622,7 @@ def test_stream_splits_among_workers(tmp_path):
     source = stream(tmp_path, bad=(4, 5, 29), buffer=8)
     sequence = take(source.iterate(3), 60)
     for workers in (2, 3):
-        parts = [source.iterate(3, skip=w, step=workers) for w in range(workers)]
+        parts = [source.iterate(3, itertools.count(w, workers)) for w in range(workers)]
         assert [number(next(parts[i % workers])) for i in range(60)] == sequence
 
 
@@ -630,7 +632,7 @@ class Streamed(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
-        for image in self.source.iterate(3, skip=info.id, step=info.num_workers):
+        for image in self.source.iterate(3, itertools.count(info.id, info.num_workers)):
             yield number(image)
 
 
@@ -700,7 +702,7 @@ def test_stream_of_local_folders_limits_and_fingerprints(tmp_path):
     path = str(saved(tmp_path / "kept"))
     source = DatasetsConfig(name=path, streaming=True, limit=6).build()
     assert sorted(take(source.iterate(0), 6)) == [0, 1, 2, 3, 4, 5]
-    assert sorted(take(source.iterate(0, skip=6), 6)) == [0, 1, 2, 3, 4, 5]
+    assert sorted(take(source.iterate(0, itertools.count(6)), 6)) == [0, 1, 2, 3, 4, 5]
     several = take(stream(tmp_path / "w", each=4, limit=6).iterate(0), 60)
     assert set(several) == {0, 1, 2, 3, 4, 5}
     images = DatasetsConfig(name=str(folder(tmp_path / "set", each=3)), streaming=True).build()
