@@ -156,6 +156,21 @@ def selftest(bundle: Bundle) -> None:
 
 
 @app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, such as runs/quickstart/students/small.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="official, timm, transformers or mmpretrain.")],
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="A .pth or .safetensors file; for transformers a folder.")],
+    heads: Annotated[bool, typer.Option("--heads", help="With official: a full teacher checkpoint, heads included.")] = False,
+) -> None:
+    """Write a model's weights in the format of DINOv2's own files, timm, transformers or MMPreTrain."""
+    with sentences():
+        from recipes.convert import convert as write
+
+        for line in write(folder, to, out, heads):
+            typer.echo(line)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, and what each missing thing would give."""
     with sentences():
