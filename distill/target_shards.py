@@ -40,7 +40,7 @@ Rows = dict[str, np.ndarray]
 Target = TopK | Tensor  # the largest probabilities; or bottleneck vectors [S, E], from which they can be made
 
 
-def encode(target: Target, prototypes: int) -> Rows:
+def encode(target: Target, prototypes: int = 0) -> Rows:
     """values, low and perhaps high; or vector."""
     if isinstance(target, Tensor):
         return {"vector": target.detach().float().cpu().numpy().astype(np.float16)}

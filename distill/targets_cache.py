@@ -82,13 +82,13 @@ class Cached(NamedTuple):
     """One step's targets of this process's b images.
 
     Attributes:
-        dino: of CLS, [2b, k], all first global crops, then all second ones; or vectors [2b, E].
-        ibot: of the chosen patches, [M, k'], in row-major order of the masks; or vectors [M, E'].
+        dino: of CLS, [2b, k], all first global crops, then all second ones; or vectors [2b, E]; None where `put` got None.
+        ibot: of the chosen patches, [M, k'], in row-major order of the masks; or vectors [M, E']; or None.
         dino_lost, ibot_lost: mean mass outside the kept prototypes; 0 for vectors.
     """
 
-    dino: Target
-    ibot: Target
+    dino: Target | None
+    ibot: Target | None
     dino_lost: float
     ibot_lost: float
 
@@ -121,7 +121,6 @@ class TargetsCache:
         self._period = None if config.replay is None else -(-config.replay // batch)
         self._pending: list[tuple[int, Rows]] = []
         self._waiting = 0  # bytes of it
-        self._widths = (0, 0)  # prototypes, or coordinates of a vector
         self._open = lru_cache(OPEN_SHARDS)(lambda path: open_shard(path)[0])
         self._where: dict[tuple[int, int], dict[int, tuple[Path | Shard, int]]] = {}  # (processes, rank) -> slot -> shard, row
         self._about: dict[Path, dict[str, Any]] = {}  # what every shard says of itself
@@ -156,38 +155,24 @@ class TargetsCache:
         self._check_crops(slot, rows, crops_C3HW, chosen_CN)
         return _cached(rows, crops_C3HW.device)
 
-    def put(self, step: int, crops_C3HW: Tensor, chosen_CN: Tensor, dino: Tensor | InRows, ibot: Tensor | InRows) -> Cached:
+    def put(
+        self, step: int, crops_C3HW: Tensor, chosen_CN: Tensor, dino: Tensor | InRows | None, ibot: Tensor | InRows | None
+    ) -> Cached:
         """Keep the targets of this process's crops; what `get` will return, exactly.
 
         Args:
             dino, ibot: assignments of the 2b crops and of the M chosen patches, [S, K] or made in rows; where k is null, the bottleneck
-                vectors [S, E].
+                vectors [S, E]; None, then in every step, for an objective that the run does without.
 
         Raises:
             EnvironmentFailed: the disk is full. Nothing that was stored before is harmed, and no weight was changed yet.
         """
         slot = self.slot(step)
-        counts = chosen_CN.sum(1).cpu()
-        assert int(counts.sum()) == len(ibot)
-        assert len(counts) == len(dino) == len(crops_C3HW)
-        widths = (prototypes_of(dino), prototypes_of(ibot))
-        assert self._widths in ((0, 0), widths)
-        self._widths = widths
-        (kept_dino, dino_lost), (kept_ibot, ibot_lost) = _keep(dino, self.config.dino_k), _keep(ibot, self.config.ibot_k)
-        of_crop = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        patch_lost = torch.zeros(len(counts)).index_add_(0, of_crop, ibot_lost.cpu()) / counts.clamp_min(1)
-        rows = {
-            "chosen": counts.numpy().astype(np.uint32),
-            "mask": mask_checksums(chosen_CN),
-            "view": quarter_means(crops_C3HW).astype(np.float16),
-            "lost": torch.stack([dino_lost.cpu(), patch_lost], 1).numpy().astype(np.float16),
-        }
-        for name, target, width in (("dino", kept_dino, widths[0]), ("ibot", kept_ibot, widths[1])):
-            rows |= {f"{name}/{part}": array for part, array in encode(target, width).items()}
+        rows = _rows(crops_C3HW, chosen_CN, {"dino": (dino, self.config.dino_k), "ibot": (ibot, self.config.ibot_k)})
         if slot not in self._known:
             self._known.add(slot)
             self._pending.append((slot, rows))
-            self._mine()[slot] = (Shard(np.array([slot]), rows, len(counts)), 0)
+            self._mine()[slot] = (Shard(np.array([slot]), rows, len(crops_C3HW)), 0)
             self._waiting += sum(a.nbytes for a in rows.values())
             if self._waiting >= SHARD_BYTES:
                 self.flush()
@@ -205,7 +190,7 @@ class TargetsCache:
         # The token keeps two runs that fill one cache at the same time from replacing each other's shards.
         path = self.folder / f"rank{rank}of{world}-{self._sequence:06d}-{secrets.token_hex(4)}.safetensors"
         steps, records = [s for s, _ in self._pending], [r for _, r in self._pending]
-        about = {"settings": self._key, "share": self.share, "widths": self._widths, "totals": totals(records)}
+        about = {"settings": self._key, "share": self.share, "totals": totals(records)}
         write_shard(path, steps, records, about)
         self._sequence += 1
         self._mine().update({step: (path, t) for t, step in enumerate(steps)})
@@ -306,19 +291,41 @@ def estimate_bytes(config: CacheConfig, images: int, patches_per_image: float, d
     return round(stored * (2 * crop + patches_per_image * row_bytes(config.ibot_k, ibot.prototypes, ibot.bottleneck)))
 
 
-def _keep(target: Tensor | InRows, k: int | None) -> tuple[Target, Tensor]:
-    """What is kept of each row, and the mass lost [S]."""
-    if k is not None:
-        return top_k(target, k)
-    assert isinstance(target, Tensor)
-    return target, torch.zeros(len(target))
+def _rows(crops_C3HW: Tensor, chosen_CN: Tensor, targets: dict[str, tuple[Tensor | InRows | None, int | None]]) -> Rows:
+    """What a shard stores of one step; `targets`: name -> what was given, and k."""
+    counts = chosen_CN.sum(1).cpu()
+    crops = torch.arange(len(counts))
+    crop_of_row = {"dino": crops, "ibot": crops.repeat_interleave(counts)}
+    rows: Rows = {}
+    lost_C2 = torch.zeros(len(crops), 2)
+    for column, (name, (given, k)) in enumerate(targets.items()):
+        if given is None:
+            continue
+        assert len(given) == len(crop_of_row[name])
+        if k is None:
+            assert isinstance(given, Tensor)
+            rows |= {f"{name}/{part}": array for part, array in encode(given).items()}
+        else:
+            kept, lost_S = top_k(given, k)
+            rows |= {f"{name}/{part}": array for part, array in encode(kept, prototypes_of(given)).items()}
+            lost_C2[:, column].index_add_(0, crop_of_row[name], lost_S.cpu())
+    lost_C2[:, 1] /= counts.clamp_min(1)
+    return rows | {
+        "chosen": counts.numpy().astype(np.uint32),
+        "mask": mask_checksums(chosen_CN),
+        "view": quarter_means(crops_C3HW).astype(np.float16),
+        "lost": lost_C2.numpy().astype(np.float16),
+    }
 
 
 def _cached(rows: Rows, device: torch.device) -> Cached:
-    halves = [{n.split("/")[1]: a for n, a in rows.items() if n.startswith(prefix)} for prefix in ("dino/", "ibot/")]
+    def target(name: str) -> Target | None:
+        mine = {n.removeprefix(name): a for n, a in rows.items() if n.startswith(name)}
+        return decode(mine).to(device) if mine else None
+
     t = totals([rows])
-    lost = (t["dino_lost"] / max(t["crops"], 1), t["ibot_lost"] / max(t["patches"], 1))
-    return Cached(decode(halves[0]).to(device), decode(halves[1]).to(device), *lost)
+    lost = t["dino_lost"] / max(t["crops"], 1), t["ibot_lost"] / max(t["patches"], 1)
+    return Cached(target("dino/"), target("ibot/"), *lost)
 
 
 def _images(rank: int, world: int, batch: int) -> range:

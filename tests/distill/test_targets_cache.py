@@ -72,7 +72,7 @@ def get(c: TargetsCache, step: int, **kwargs: Any) -> Cached | None:
     return c.get(step, *Step(c.slot(step), **kwargs).of(*c.share)[:2])
 
 
-def sparse(target: Target) -> TopK:
+def sparse(target: Target | None) -> TopK:
     assert isinstance(target, TopK)
     return target
 
@@ -345,7 +345,7 @@ def test_replayed_steps_share_their_targets(tmp_path):
     assert_equal(get(c, 6), used[2])
     assert_equal(put(c, 5), used[1])  # not stored twice
     c.flush()
-    assert c.statistics()["steps"] == 4
+    assert (c.statistics()["steps"], c.statistics()["images"]) == (4, 4 * B)
 
 
 def test_nothing_chosen_for_ibot(tmp_path):
@@ -372,6 +372,25 @@ def test_a_last_crop_with_nothing_chosen(tmp_path):
     last = cache(tmp_path / "c", (B - 1, B)).get(0, crops[[B - 1, -1]], chosen[[B - 1, -1]])
     assert last is not None
     assert len(sparse(last.ibot).values) == int(chosen[B - 1].sum())
+
+
+@pytest.mark.parametrize("k", [5, None])
+def test_an_objective_that_the_run_does_without(tmp_path, k):
+    config = CacheConfig(dino_k=k, ibot_k=k)
+    s = Step(0)
+    for name, dino, ibot in (("patches", None, s.ibot), ("image", s.dino, None)):
+        c = cache(tmp_path / name, config=config)
+        used = c.put(0, s.crops, s.chosen, dino, ibot)
+        c.flush()
+        found = cache(tmp_path / name, config=config).get(0, s.crops, s.chosen)
+        assert found is not None
+        assert (
+            (found.dino is None, found.ibot is None) == (used.dino is None, used.ibot is None) == (dino is None, ibot is None)
+        )
+        assert found[2:] == used[2:]
+        half = cache(tmp_path / name, (1, 2), config).get(0, *s.of(1, 2)[:2])
+        assert half is not None
+        assert (half.dino is None, half.ibot is None) == (dino is None, ibot is None)
 
 
 def test_targets_that_are_not_finite_stay_so(tmp_path):
