@@ -10,49 +10,41 @@ A collapse raises no error and leaves a loss that looks settled. It has two face
 Sinkhorn-Knopp gives every prototype its share by construction, so with it `prototype_entropy` is full whatever happens; the last two
 look at the features themselves, where no centring can hide anything.
 
-Shape legend: S samples (crops), K prototypes, k kept ones, B images, D width.
+Shape legend: S samples (crops), K prototypes, B images, D width.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from distill.config import Config
 from distill.errors import DecantError
-from distill.losses.targets import _sum_over_ranks
+from distill.losses.assignments import InRows, prototypes_of, rows_of
+from distill.losses.ranks import gather_rows, sum_over_ranks
 from distill.rows import Row, not_measured
 
 ROWS = 256  # images that rank and distances look at, at most: the decomposition then takes some 20 ms of one core
 
 
-class SparseAssignment(Protocol):
-    """The k largest prototypes of each sample: values [S, k] that sum to 1, indices [S, k]."""
-
-    @property
-    def values(self) -> Tensor: ...
-
-    @property
-    def indices(self) -> Tensor: ...
-
-
-def sample_entropy(assignment: Tensor | SparseAssignment) -> Float[Tensor, ""]:
-    """Mean over samples of the entropy of their assignment, in nats: 0 is a hard choice, ln K (ln k of a sparse one) says nothing."""
-    values = assignment if isinstance(assignment, Tensor) else assignment.values
-    return torch.special.entr(values.float()).sum(-1).mean()
-
-
-def total_assignment(assignment: Tensor | SparseAssignment, prototypes: int) -> Float[Tensor, "k"]:
-    """How much of the samples each prototype got, [K]."""
-    if isinstance(assignment, Tensor):
-        return assignment.float().sum(0)
-    total = torch.zeros(prototypes, device=assignment.values.device)
-    return total.index_add_(0, assignment.indices.flatten(), assignment.values.float().flatten())
+@torch.no_grad()
+def assignment_sums(assignment: Tensor | InRows, at_once: int = 2**20) -> tuple[Float[Tensor, ""], Float[Tensor, "k"]]:
+    """Of assignments [S, K], in full or made a few rows at a time: the sum of the samples' entropies in nats (0 is a hard choice, S ln K
+    says nothing), and how much of the samples each prototype got, [K].
+    """
+    k = prototypes_of(assignment)
+    device = rows_of(assignment, 0, 0).device
+    entropy, total_K = torch.zeros((), device=device), torch.zeros(k, device=device)
+    many = max(1, at_once // max(1, k))
+    for start in range(0, len(assignment), many):
+        rows_SK = rows_of(assignment, start, min(start + many, len(assignment))).float()
+        entropy += torch.special.entr(rows_SK).sum()
+        total_K += rows_SK.sum(0)
+    return entropy, total_K
 
 
 def prototype_entropy(total_K: Float[Tensor, "k"]) -> Float[Tensor, ""]:
@@ -92,26 +84,24 @@ def feature_std(x_BD: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
 
 
 class Limits(NamedTuple):
-    """What is possible: K prototypes, `kept` of them in an assignment, S samples, B images looked at, D width."""
+    """What is possible: K prototypes, S samples, B images looked at, D width."""
 
     prototypes: int
-    kept: int
     samples: int
     images: int
     dim: int
 
 
 @torch.no_grad()
-def collapse_statistics(
-    assignment: Tensor | SparseAssignment | None, prototypes: int, cls_BD: Float[Tensor, "b d"]
-) -> tuple[dict[str, float], Limits]:
+def collapse_statistics(assignment: Tensor | InRows | None, cls_BD: Float[Tensor, "b d"]) -> tuple[dict[str, float], Limits]:
     """All statistics of a step, over all ranks (every rank must call this, and gets the same numbers), and what they could be at best.
 
     Args:
-        assignment: the teacher's, of this rank's CLS (all of its micro-batches); None in feature matching, which has no prototypes.
+        assignment: the teacher's, of this rank's CLS (all of its micro-batches), [..., K] or made in rows; None in feature matching,
+            which has no prototypes. Of cached targets, cut off after k prototypes, the entropy of a sample is a lower bound.
         cls_BD: the student's CLS, before heads, of one global crop an image; every rank has as many.
     """
-    cls_BD = _gather_rows(cls_BD)[:ROWS]
+    cls_BD = gather_rows(cls_BD.detach().float())[:ROWS]
     nearest = nearest_distances(cls_BD) if len(cls_BD) > 1 else torch.full((1,), torch.nan)
     values = {
         "effective_rank": effective_rank(cls_BD),
@@ -119,24 +109,16 @@ def collapse_statistics(
         "nearest_distance_min": nearest.min().item(),
         "feature_std": feature_std(cls_BD).item(),
     }
-    kept = samples = 0
+    prototypes = samples = 0
     if assignment is not None:
-        rows, kept = (assignment if isinstance(assignment, Tensor) else assignment.values).shape
-        sums = _sum_over_ranks(torch.stack([sample_entropy(assignment) * rows, sample_entropy(assignment).new_tensor(rows)]))
+        assignment = assignment.flatten(0, -2) if isinstance(assignment, Tensor) else assignment
+        prototypes = prototypes_of(assignment)
+        entropy, total_K = assignment_sums(assignment)
+        sums = sum_over_ranks(torch.stack([entropy, entropy.new_tensor(len(assignment))]))
         samples = round(sums[1].item())
         values["teacher_entropy"] = (sums[0] / sums[1]).item()
-        values["prototype_entropy"] = prototype_entropy(_sum_over_ranks(total_assignment(assignment, prototypes))).item()
-    return values, Limits(prototypes, kept, samples, *cls_BD.shape)
-
-
-def _gather_rows(x_BD: Tensor) -> Tensor:
-    """The rows of all ranks, in their order."""
-    x_BD = x_BD.detach().float().contiguous()
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x_BD
-    parts = [torch.empty_like(x_BD) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x_BD)
-    return torch.cat(parts)
+        values["prototype_entropy"] = prototype_entropy(sum_over_ranks(total_K)).item()
+    return values, Limits(prototypes, samples, *cls_BD.shape)
 
 
 class MonitorConfig(Config):
@@ -175,7 +157,7 @@ class MonitorConfig(Config):
     def thresholds(self, limits: Limits) -> dict[str, tuple[str, float, float]]:
         """By statistic: `below` or `above`, the threshold in the statistic's own unit, and the best or worst possible value."""
         choices, rank = math.log(max(min(limits.prototypes, limits.samples), 1)), min(limits.images, limits.dim)
-        nothing = math.log(max(limits.kept, 1))
+        nothing = math.log(max(limits.prototypes, 1))
         found = {}
         if self.effective_rank > 0 and rank > 1:
             found["effective_rank"] = ("below", 1 + self.effective_rank * (rank - 1), float(rank))
@@ -260,7 +242,7 @@ def monitor_rows(values: Mapping[str, float], limits: Limits, subject: str, **co
         if name not in values:
             continue
         of_targets = name in ("teacher_entropy", "prototype_entropy")
-        about = {"prototypes": limits.prototypes, "kept": limits.kept} if of_targets else {"dim": limits.dim}
+        about = {"prototypes": limits.prototypes} if of_targets else {"dim": limits.dim}
         about |= {"of": "teacher's targets" if of_targets else "student's CLS, one global crop an image"} | conditions
         n = limits.samples if of_targets else limits.images
         if math.isfinite(values[name]):

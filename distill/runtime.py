@@ -28,12 +28,21 @@ class RuntimeConfig(Config):
         threads: CPU threads of the matrix products; null: all cores.
         checkpoint_every: steps between two checkpoints.
         log_every: steps between two lines of train.jsonl.
+        micro_batch: images that a process takes through its networks at once; null: its whole share of the batch. Gradients are summed.
+        recompute_blocks: keep only the blocks' inputs for the backward pass (activation checkpointing): a third more work, memory that
+            hardly grows with depth.
+        compile: run blocks through torch.compile. On a CPU it is slower than the blocks written out (tests/benchmarks/README.md).
+        shard: spread parameters, gradients and optimiser over the processes (FSDP2) instead of copying them to each.
     """
 
     workers: int | None = None
     threads: int | None = None
     checkpoint_every: int = 200
     log_every: int = 10
+    micro_batch: int | None = None
+    recompute_blocks: bool = False
+    compile: bool = False
+    shard: bool = False
 
     def problems(self) -> list[str]:
         found = []
@@ -41,6 +50,8 @@ class RuntimeConfig(Config):
             found.append(f"workers must be at least 0, got {self.workers}")
         if self.threads is not None and self.threads < 1:
             found.append(f"threads must be at least 1, got {self.threads}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            found.append(f"micro_batch must be at least 1 image, got {self.micro_batch}")
         if min(self.checkpoint_every, self.log_every) < 1:
             found.append("checkpoint_every and log_every must be at least 1")
         return found

@@ -2,10 +2,12 @@
 
     pretrain   one student, its own moving average is the teacher
     distill    a frozen teacher, any number of students from one teacher pass; each one's moving average is the result
+    fit heads  as pretrain, with a frozen backbone: only the heads learn, for a teacher that came without
     control    as pretrain, with a student's architecture
 
 Everything random is a function of (seed, step), and a checkpoint holds every tensor that a step changes, so a run that was killed and
-started again ends in the same weights, bit for bit on a CPU with the same number of threads.
+started again ends in the same weights, bit for bit on a CPU with the same number of threads. Losses do not depend on the number of
+processes or micro-batches, beyond rounding.
 """
 
 import time
@@ -14,23 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill.config import Config
 from distill.data.crops import CropsConfig
-from distill.data.loader import Batch, LoaderSettings, MasksConfig, batches
-from distill.errors import DecantError, UserError
-from distill.models.headed import HeadedBackbone, frozen_copy
-from distill.objectives import (
-    ObjectivesConfig,
-    Targets,
-    make_centrings,
-    student_losses,
-    target_statistics,
-    teacher_targets,
-)
-from distill.optim import OptimConfig, Schedules, clip_each, set_step, teacher_temperature, update_average
+from distill.data.loader import LoaderSettings, MasksConfig, batches
+from distill.errors import UserError
+from distill.models.headed import HeadedBackbone
+from distill.monitors import Monitor, MonitorConfig, monitor_rows
+from distill.objectives import ObjectivesConfig
+from distill.optim import OptimConfig
 from distill.progress import Progress
+from distill.rows import write_rows
 from distill.runtime import (
     RuntimeConfig,
     TrainLog,
@@ -38,11 +35,10 @@ from distill.runtime import (
     default_workers,
     out_of_memory_sentence,
     stop_requests,
-    uses_bf16,
 )
-from distill.training_state import Student, prepare_student, resume, save_state
-
-MAX_BAD_STEPS = 5  # in a row, then the run stops: skipping goes on for ever when the weights themselves are ruined
+from distill.step import Stepper, Told
+from distill.targets_cache import CacheConfig, TargetsCache
+from distill.training_state import prepare_student, resume, save_state
 
 
 class TrainConfig(Config):
@@ -53,6 +49,9 @@ class TrainConfig(Config):
         batch: images a step, over all processes.
         masks: block masking; null chooses all patches for iBOT and masks none.
         mask_input: whether the student's input is masked where iBOT asks. Distillation leaves it off: DINOv2's paper, section 5.
+        monitors: when a training counts as dead and is stopped.
+        cache: keep the frozen teacher's targets on disk (distill/targets_cache.py); null: the teacher runs in every step.
+        teacher_size: pixels that the global crops are resized to for the teacher; null: as the student sees them.
         precision: `fp32`, `bf16`, or `auto` (bf16 on a GPU, or on a CPU with native bf16 for a model at least 192 wide).
         probe_every: images between two kNN probes in the training log; 0 for none.
     """
@@ -64,6 +63,9 @@ class TrainConfig(Config):
     mask_input: bool = False
     objectives: ObjectivesConfig = ObjectivesConfig()
     optim: OptimConfig = OptimConfig()
+    monitors: MonitorConfig = MonitorConfig()
+    cache: CacheConfig | None = None
+    teacher_size: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     probe_every: int = 0
 
@@ -78,6 +80,14 @@ class TrainConfig(Config):
             found.append(f"images {self.images} is less than one batch of {self.batch}")
         if self.mask_input and self.masks is None:
             found.append("mask_input is on but masks is null: say which patches to mask, or turn mask_input off")
+        if self.teacher_size is not None and self.teacher_size < 1:
+            found.append(f"teacher_size must be at least 1 pixel, got {self.teacher_size}")
+        if self.cache is not None and self.objectives.needs_features():
+            found.append("cache keeps prototype targets, which match and gram do not use: drop it, or drop them")
+        if self.cache is not None and self.objectives.centring == "centre":
+            found.append("cache needs objectives.centring: sinkhorn: a moving centre depends on the steps before")
+        if self.cache is not None and self.cache.replay is not None and len(set(self.objectives.teacher_temperature)) > 1:
+            found.append("cache.replay needs one teacher_temperature: a replayed step would come back at another one")
         if self.probe_every < 0:
             found.append(f"probe_every must be at least 0, got {self.probe_every}")
         return found
@@ -98,20 +108,25 @@ def train(
     progress: Progress,
     title: str = "train",
     probe: Probe | None = None,
+    teacher_normalize: str | None = None,
+    cache: TargetsCache | None = None,
+    subjects: dict[str, str] | None = None,
 ) -> dict[str, HeadedBackbone]:
     """Train `students` and return each one's moving average (evaluation mode, on the CPU).
 
     Args:
         students: freshly initialised (they are trained in place).
-        teacher: frozen, with heads of the same K and the same patch; None: the moving average of the only student.
+        teacher: with heads of the same K where prototypes are compared (frozen in place); None: the only student.s moving average.
         source: training images (distill/data/sources.py).
-        normalize: as in Preprocess.
+        normalize: as in Preprocess; `teacher_normalize`: the teacher's, where it is another.
         folder: gets `checkpoint.safetensors`, and `train.jsonl`, or with a frozen teacher `<student>/train.jsonl` for each student.
         probe: called with the average backbone every `config.probe_every` images; what it returns is logged.
+        cache: made for this training; targets that it holds are not computed.
+        subjects: by student, whom the monitors' last values are about; they go to `rows.jsonl` in `folder`.
 
     Raises:
-        DecantError: the loss was not finite several times in a row.
-        EnvironmentFailed: out of memory.
+        DecantError: the loss was not finite several times in a row, or a monitor found the training dead.
+        EnvironmentFailed: out of memory, or a full disk.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was written first.
     """
     if teacher is None and len(students) != 1:
@@ -119,38 +134,33 @@ def train(
     from accelerate import Accelerator  # here: a plan needs this file's settings, not a second of imports
 
     accelerator = Accelerator(mixed_precision="no")
-    total, device = config.steps(), accelerator.device
-
-    # Not Accelerator's mixed precision: that is fixed for a whole process, and a run trains several models of different widths.
-    def autocast(model: HeadedBackbone) -> Any:
-        return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.precision, model.backbone.dim))
-
-    schedules = Schedules(config.optim, config.batch, total)
-    temperature = teacher_temperature(config.objectives.teacher_temperature, config.objectives.temperature_warmup, total)
+    total, device, world = config.steps(), accelerator.device, accelerator.num_processes
+    micro = micro_batches(config, runtime, world)
     group = {
-        name: prepare_student(model, config.optim, config.objectives, config.mask_input, accelerator)
+        name: prepare_student(model, config.optim, config.objectives, config.mask_input, accelerator, runtime)
         for name, model in students.items()
     }
-    guide = next(iter(group.values())).average if teacher is None else frozen_copy(teacher).to(device)
-    centrings = make_centrings(config.objectives, guide).to(device)
-
+    for name, student in group.items():
+        student.monitor = Monitor(config.monitors, total, title if name in title or teacher is None else f"{title}/{name}")
+    loop = Stepper(config, group, teacher, total, accelerator, runtime, micro, cache)
     checkpoint = folder / "checkpoint.safetensors"
-    world = accelerator.num_processes
-    if config.batch % world or config.batch < 2 * world:
-        raise UserError(f"batch {config.batch} must be a multiple of the {world} processes, with at least 2 images each.")
-    start = resume(checkpoint, group, centrings, world)
+    start = resume(checkpoint, group, loop.extras, world)
     main = accelerator.is_main_process
     logs = {n: TrainLog(folder / ("." if teacher is None else n) / "train.jsonl", start) for n in group} if main else {}
+    first = next(iter(group.values())).module.backbone
     settings = LoaderSettings(
         config.crops,
         config.masks,
-        guide.backbone.patch,
+        first.patch,
         normalize,
         config.batch,
         seed,
-        (accelerator.process_index, accelerator.num_processes),
+        (accelerator.process_index, world),
+        teacher_normalize=teacher_normalize,
+        replay=None if config.cache is None or config.cache.replay is None else -(-config.cache.replay // config.batch),
     )
     began = time.monotonic()
+    told: dict[str, Told] = {}
     with (
         cpu_threads(runtime.threads),
         stop_requests() as stop,
@@ -159,23 +169,17 @@ def train(
     ):
         for step, batch in enumerate(batches(source, settings, start, total, default_workers(runtime.workers)), start):
             torch.manual_seed((seed + 1) * 1_000_003 + step)  # stochastic depth
-            batch = batch.to(device)
-            chosen = batch.masks if config.masks is not None else torch.ones_like(batch.masks)
-            with autocast(guide):
-                targets = teacher_targets(guide, centrings, batch.global_crops, chosen, temperature(step))
             log_now = step % runtime.log_every == 0 or step == total - 1
-            for name, student in group.items():
-                terms, norms = student_step(
-                    student, batch, chosen, targets, config, schedules, step, accelerator, autocast(student.module)
-                )
-                if log_now and main:
-                    shared = {"step": step, "images": (step + 1) * config.batch, "lr": schedules.lr(step)}
+            told = loop.step(step, batch.to(device), log_now)
+            if log_now and main:
+                for name, student in group.items():
+                    shared = {"step": step, "images": (step + 1) * config.batch, "lr": loop.schedules.lr(step)}
                     shared |= {
-                        "teacher_temperature": temperature(step),
+                        "teacher_temperature": loop.temperature(step),
                         "seconds": round(logs[name].seconds + time.monotonic() - began, 2),
                     }
-                    student.last_terms = terms
-                    logs[name].write(shared | {"loss": sum(terms.values()), **terms, **norms, **target_statistics(targets)})
+                    student.last_terms = told[name].terms
+                    logs[name].write(shared | {"loss": sum(told[name].terms.values()), **told[name].terms, **told[name].more})
             done = step + 1
             stopping = bool(stop)
             if world > 1:  # the signal may reach the ranks at different steps, and they must leave together
@@ -185,56 +189,48 @@ def train(
                     logs[name].write({"step": step, "images": done * config.batch, **probe(student.average.backbone)})
             shown = {"loss": sum(next(iter(group.values())).last_terms.values())}
             task.advance(1, **shown)
-            if main and (done % runtime.checkpoint_every == 0 or done == total or stopping):
-                save_state(checkpoint, done, group, centrings, world)
+            if done % runtime.checkpoint_every == 0 or done == total or stopping:
+                save_state(checkpoint, done, group, loop.extras, world, main)
             if stopping:
+                if cache is not None:
+                    cache.flush()
                 raise KeyboardInterrupt
+            loop.stop_if_dead(step, told)
+    if cache is not None:
+        cache.flush()
+    if main and subjects:
+        said = {n: (t.more, t.limits) for n, t in told.items() if t.limits is not None}
+        about = {"step": total - 1, "images": total * config.batch}
+        write_rows(
+            folder / "rows.jsonl", [r for n, (v, limits) in said.items() for r in monitor_rows(v, limits, subjects[n], **about)]
+        )
     accelerator.wait_for_everyone()
     return {n: s.average.cpu().eval() for n, s in group.items()}
 
 
-def student_step(
-    student: Student,
-    batch: Batch,
-    chosen: Tensor,
-    targets: Targets,
-    config: TrainConfig,
-    schedules: Schedules,
-    step: int,
-    accelerator: Any,
-    autocast: Any,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Forward, backward, clip, update, average; (terms, gradient norms before clipping). A step whose loss or gradient is not finite
-    changes nothing.
+def micro_batches(config: TrainConfig, runtime: RuntimeConfig, world: int) -> int:
+    """Into how many micro-batches a process cuts its share of the batch.
+
+    Raises:
+        UserError: the batch does not divide, or KoLeo would look for neighbours beyond a micro-batch.
     """
-    set_step(student.optimizer, schedules, step)
-    student.optimizer.zero_grad(set_to_none=True)
-    with autocast:
-        out = student.wrapped(batch.global_crops, batch.local_crops, chosen if config.mask_input else None, chosen)
-    terms = student_losses(out, targets, config.objectives)
-    loss = torch.stack(list(terms.values())).sum()
-    accelerator.backward(loss)
-    norms = clip_each(student.module.parts().values(), config.optim.clip)
-    finite = torch.isfinite(torch.stack([loss.detach(), *norms])).all()
-    if accelerator.num_processes > 1:  # every rank must take the same decision
-        finite = accelerator.reduce(finite.int(), "sum") == accelerator.num_processes
-    if bool(finite):
-        student.optimizer.step()
-        update_average(student.average, student.module, schedules.ema(step))
-        student.bad_in_a_row = 0
-    else:
-        student.bad_steps += 1
-        student.bad_in_a_row += 1
-        if student.bad_in_a_row >= MAX_BAD_STEPS:
-            raise DecantError(
-                f"The loss was not finite in {MAX_BAD_STEPS} steps in a row (at step {step}; terms: "
-                f"{ {k: v.item() for k, v in terms.items()} }). Lower optim.lr, raise optim.warmup, or use precision: fp32."
-            )
-    values = torch.stack([*terms.values(), *norms]).detach().float().tolist()
-    norm_names = [f"grad_norm_{n}" for n in student.module.parts()]
-    named = dict(zip([*terms, *norm_names], values, strict=True))
-    extra = {"bad_steps": float(student.bad_steps)} if student.bad_steps else {}
-    return {k: named[k] for k in terms}, {k: named[k] for k in norm_names} | extra
+    batch, group = config.batch, config.objectives.koleo_group
+    if batch % world or batch < 2 * world:
+        raise UserError(f"batch {batch} must be a multiple of the {world} processes, with at least 2 images each.")
+    share = batch // world
+    micro = min(runtime.micro_batch or share, share)
+    if share % micro:
+        raise UserError(f"runtime.micro_batch {micro} must divide each process's share of the batch, {share} images.")
+    if not config.objectives.koleo:
+        return share // micro
+    if group is None and micro < share:
+        raise UserError(
+            f"runtime.micro_batch {micro} cuts the batch, and KoLeo looks for neighbours in all of it: set objectives.koleo_group to a "
+            f"divisor of {micro}, or leave runtime.micro_batch out."
+        )
+    if group is not None and micro % group:
+        raise UserError(f"objectives.koleo_group {group} must divide the {micro} images that a process takes at once.")
+    return share // micro
 
 
 def _crossed(step: int, batch: int, every: int, last: bool) -> bool:

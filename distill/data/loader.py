@@ -28,7 +28,7 @@ from distill.data.preprocess import CONSTANTS, KINDS
 from distill.data.streams import StreamingSource
 
 CPU = torch.device("cpu")
-CACHED_PIXELS = 2**16  # that a CPU works on at a time: half a megabyte or so stays in its cache
+CACHED_PIXELS = 2**18  # that a CPU changes at a time: the few crops of one kind of change among them stay in its cache
 
 
 class MasksConfig(Config):

@@ -66,12 +66,11 @@ def batch_masks(
     n = grid[0] * grid[1]
     masked = int(crops * probability)
     edges = np.linspace(*ratios, masked + 1)
-    bins = g.permutation(crops)
-    streams = g.bit_generator.seed_seq.spawn(crops)  # type: ignore[attr-defined]
+    bins, key = g.permutation(crops), int(g.integers(2**63))
     chosen = range(crops) if chosen is None else chosen
     masks = np.zeros((len(chosen), n), bool)
     for mask, crop in zip(masks, chosen, strict=True):
         if (i := bins[crop]) < masked:
-            own = np.random.default_rng(streams[crop])
+            own = np.random.default_rng((key, crop))
             mask[:] = block_mask(own, grid, int(n * own.uniform(edges[i], edges[i + 1])), min_block).reshape(-1)
     return masks

@@ -140,8 +140,8 @@ class StreamingSource:
         for i in shards:
             # Not iter(shard): in a loader's worker that gives nothing but this worker's share.
             with explained(self.name, f"The stream {self.name} broke off. Run the same command again to go on from there."):
-                for batch in self.stream.shard(num_shards=n, index=i).iter(batch_size=1):
-                    yield batch[self.column][0]
+                for batch in self.stream.shard(num_shards=n, index=i).iter(batch_size=16):
+                    yield from batch[self.column]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_bad"}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from distill.config import Config
 from distill.encoder import Features
-from distill.losses.targets import _sum_over_ranks
+from distill.losses.ranks import sum_over_ranks
 
 Kind = Literal["cosine", "smooth_l1", "both"]
 LEAST_STD = (
@@ -118,9 +118,9 @@ class RunningMoments(nn.Module):
     def update(self, tokens: Sequence[Tensor]) -> None:
         """Take in tokens [..., D] of this rank's micro-batches, together with every other rank's. Batches not finite are left out."""
         flat = [x.detach().reshape(-1, x.shape[-1]).float() for x in tokens]
-        count = _sum_over_ranks(torch.tensor(sum(len(x) for x in flat), device=self.mean.device))
-        mean = _sum_over_ranks(torch.stack([x.sum(0) for x in flat]).sum(0)) / count.clamp_min(1)
-        squares = _sum_over_ranks(torch.stack([(x - mean).square().sum(0) for x in flat]).sum(0))
+        count = sum_over_ranks(torch.tensor(sum(len(x) for x in flat), device=self.mean.device))
+        mean = sum_over_ranks(torch.stack([x.sum(0) for x in flat]).sum(0)) / count.clamp_min(1)
+        squares = sum_over_ranks(torch.stack([(x - mean).square().sum(0) for x in flat]).sum(0))
         if count == 0 or not bool((mean + squares).isfinite().all()):
             return
         share = count / (self.count + count)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.cast_cache import CastCache
 from distill.config import Config
 from distill.encoder import Features
 
@@ -100,6 +101,8 @@ class Backbone(nn.Module):
         from timm.layers.mlp import SwiGLUPacked
         from timm.models.vision_transformer import Mlp, VisionTransformer
 
+        from distill.models.blocks import Block
+
         super().__init__()
         dim, depth, heads, ffn = config.shape()
         mlp: Any = SwiGLUPacked if ffn == "swiglu" else Mlp
@@ -117,6 +120,7 @@ class Backbone(nn.Module):
             dynamic_img_size=True,
             act_layer=nn.SiLU if ffn == "swiglu" else nn.GELU,  # timm hands it to the packed SwiGLU as the gate
             mlp_layer=mlp,
+            block_fn=Block,
             weight_init="skip",
         )
         self.config = config
@@ -126,7 +130,9 @@ class Backbone(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (config.image_size // config.patch) ** 2, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, dim)) if config.registers else None
-        self.drop_path = config.drop_path
+        self.cast = CastCache()
+        for block in self.blocks:
+            block.drop_rate, block.recompute, block.plain, block.cast = config.drop_path, False, False, self.cast
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -142,6 +148,13 @@ class Backbone(nn.Module):
                     nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None and (self.config.init == "fan_in" or isinstance(module, nn.Linear)):
                     nn.init.zeros_(module.bias)
+
+    def train_with(self, recompute: bool, compiled: bool) -> None:
+        """How blocks train: keep only their inputs and run them again in the backward pass, and through torch.compile or not."""
+        for block in self.blocks:
+            block.recompute, block.plain = recompute, compiled
+            if compiled:
+                block.compile()
 
     def position(self, h: int, w: int) -> Float[Tensor, "1 n d"]:
         """Position embedding [1, 1 + h*w, D] for a grid of h x w patches.
@@ -185,25 +198,12 @@ class Backbone(nn.Module):
             x_BTD = torch.cat([x_BTD[:, :1], self.register_tokens.expand(b, -1, -1), x_BTD[:, 1:]], 1)
         return x_BTD
 
-    def run_block(self, block: Any, x_BTD: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """One pre-norm block; in training with stochastic depth each residual runs on a random subset of the samples."""
-        for norm, layer, scale in ((block.norm1, block.attn, block.ls1), (block.norm2, block.mlp, block.ls2)):
-            b = x_BTD.shape[0]
-            keep = max(int(b * (1 - self.drop_path)), 1)
-            if not self.training or keep == b:
-                x_BTD = x_BTD + scale(layer(norm(x_BTD)))
-            else:
-                chosen = torch.randperm(b, device=x_BTD.device)[:keep]
-                residual = scale(layer(norm(x_BTD[chosen]))).to(x_BTD.dtype)
-                x_BTD = torch.index_add(x_BTD, 0, chosen, residual, alpha=b / keep)
-        return x_BTD
-
     def forward(
         self, images: Float[Tensor, "b 3 H W"], masks: Bool[Tensor, "b n"] | None = None, position: Tensor | None = None
     ) -> Features:
         x_BTD = self.tokens(images, masks, position)
         for block in self.blocks:
-            x_BTD = self.run_block(block, x_BTD)
+            x_BTD = block(x_BTD)
         return self.split(self.norm(x_BTD))
 
     def at_size(self, size: int) -> "Backbone":
@@ -222,7 +222,7 @@ class Backbone(nn.Module):
         """Features after the named blocks (0 is the first), each through the final norm unless told otherwise."""
         x_BTD, found = self.tokens(images), []
         for i, block in enumerate(self.blocks):
-            x_BTD = self.run_block(block, x_BTD)
+            x_BTD = block(x_BTD)
             if i in layers:
                 found.append(self.split(self.norm(x_BTD) if norm else x_BTD))
         return found

@@ -11,7 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.cast_cache import CastCache
 from distill.config import Config
+from distill.losses.prototypes import prototype_cross_entropy
+from distill.losses.targets import Assignment
 
 MOST = 2**24  # of any size in a head; beyond it a number is a slip of the finger
 
@@ -61,6 +64,7 @@ class DINOHead(nn.Module):
     def __init__(self, dim: int, config: HeadConfig):
         super().__init__()
         self.config = config
+        self.cast = CastCache()
         widths = [dim] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
         parts: list[nn.Module] = []
         for i, (a, b) in enumerate(pairwise(widths)):
@@ -78,12 +82,33 @@ class DINOHead(nn.Module):
         nn.init.uniform_(self.last_layer.weight_v, -(config.bottleneck**-0.5), config.bottleneck**-0.5)
 
     def bottleneck(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
-        """The L2-normalised vector before the prototypes (eps 1e-12; 1e-6 in float16, where 1e-12 is zero)."""
+        """The L2-normalised vector before the prototypes (normalised in float32 also where the MLP runs in less)."""
         z = self.mlp(x)
-        return F.normalize(z, dim=-1, eps=1e-6 if z.dtype == torch.float16 else 1e-12)
+        return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1, eps=1e-12)
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... k"]:
         return self.last_layer(self.bottleneck(x))
+
+    @torch.no_grad()
+    def logits(self, z: Float[Tensor, "s e"]) -> Float[Tensor, "s k"]:
+        """Prototype logits of bottleneck vectors, without gradient, in the number format of the matrix products around."""
+        z = z.to(_product_type(z))
+        return z @ self.cast(self.last_layer.weight_v, z.dtype, self.last_layer.weight_g, normed=True).T
+
+    def cross_entropy(
+        self, x: Float[Tensor, "s d"], targets: Assignment, weights_S: Float[Tensor, "s"], temperature: float
+    ) -> Float[Tensor, ""]:
+        """sum_s weights_s CE(targets_s, softmax(head(x_s) / temperature)), without ever holding all logits."""
+        z = self.bottleneck(x)
+        last = self.last_layer
+        z = z.to(_product_type(z))
+        return prototype_cross_entropy(z, targets, weights_S, temperature, last.weight_v, last.weight_g, self.cast)
+
+
+def _product_type(x: Tensor) -> torch.dtype:
+    """The number format that matrix products run in here: autocast's, or the tensor's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def head_parameters(dim: int, config: HeadConfig) -> int:

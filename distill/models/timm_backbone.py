@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distill.config import Config
 from distill.data.preprocess import FILTERS, Preprocess, kind_of
@@ -87,6 +88,7 @@ class TimmBackbone(nn.Module):
         self.is_eva = own is Eva.forward_features and not getattr(self.net, "rope_mixed", False)
         self.prefix = getattr(self.net, "num_prefix_tokens", 0)
         self.has_cls = self.prefix > 0 and getattr(self.net, "cls_token", None) is not None
+        self.recompute = False
         self.head_norm: Any = nn.Identity()
         if isinstance(norm := getattr(getattr(self.net, "head", None), "norm", None), nn.LayerNorm):
             self.net.head.norm, self.head_norm = nn.Identity(), norm
@@ -99,6 +101,17 @@ class TimmBackbone(nn.Module):
         else:
             self.dim, self.patch = self._measure()
             self.mask_token = None
+
+    def train_with(self, recompute: bool, compiled: bool) -> None:
+        """How it trains: keep only the blocks' inputs and run them again in the backward pass; blocks through torch.compile or not. A
+        network that is no Vision Transformer does the first as timm does it, where it can, and is not compiled.
+        """
+        if self.steps_known:
+            self.recompute = recompute
+            for block in self.net.blocks if compiled else ():
+                block.compile()
+        elif recompute:
+            self.net.set_grad_checkpointing(True)
 
     @property
     def steps_known(self) -> bool:
@@ -133,12 +146,16 @@ class TimmBackbone(nn.Module):
         if masks is not None and self.mask_token is not None:
             x = torch.where(masks.reshape(*x.shape[:-1], 1), self.mask_token.to(x.dtype), x)
         if self.is_vit:
-            x = net.blocks(net.norm_pre(net.patch_drop(net._pos_embed(x))))
+            x, more = net.patch_drop(net._pos_embed(x)), {}
         else:
             x, rope = net._pos_embed(x)
-            x = net.norm_pre(x)
-            for block in net.blocks:
-                x = block(x, rope=rope)
+            more = {"rope": rope}
+        x = net.norm_pre(x)
+        for block in net.blocks:
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, **more)
+            else:
+                x = block(x, **more)
         return self._split(net.norm(x))
 
     def _whole(self, images: Tensor) -> Features:

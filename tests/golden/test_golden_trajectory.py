@@ -1,19 +1,20 @@
 """Items 08, 08b and 09: six steps of pretraining and of distillation, from the reference's weights and batches."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import nn
 
+from distill.data.crops import CropsConfig
 from distill.data.loader import Batch
 from distill.models.backbone import Backbone, BackboneConfig
-from distill.models.headed import HeadedBackbone, frozen_copy
+from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
 from distill.models.names import from_official
-from distill.objectives import ObjectivesConfig, make_centrings, teacher_targets
-from distill.optim import OptimConfig, Schedules, teacher_temperature
-from distill.train import TrainConfig, student_step
+from distill.objectives import ObjectivesConfig
+from distill.optim import OptimConfig
+from distill.runtime import RuntimeConfig
+from distill.step import Stepper
+from distill.train import TrainConfig
 from distill.training_state import prepare_student
 
 
@@ -88,6 +89,7 @@ def test_trajectory_golden(vectors, name):
     config = TrainConfig(
         images=total * batch,
         batch=batch,
+        crops=CropsConfig(global_size=c["global_size"], local_size=c["local_size"], local_count=c["n_local"]),
         mask_input=not distill,
         masks=None if distill else {},
         objectives=ObjectivesConfig(
@@ -113,19 +115,15 @@ def test_trajectory_golden(vectors, name):
         precision="fp32",
     )
     s = prepare_student(student, config.optim, config.objectives, config.mask_input, OneProcess())
+    teacher = None
     if distill:
-        guide = frozen_copy(model_of(v, c, "in/teacher/", c["teacher_embed_dim"], c["teacher_depth"], c["teacher_num_heads"]))
-    else:
-        guide = s.average
-    schedules = Schedules(config.optim, batch, total)
-    temperature = teacher_temperature(config.objectives.teacher_temperature, config.objectives.temperature_warmup, total)
-    centrings = make_centrings(config.objectives, guide)
+        teacher = model_of(v, c, "in/teacher/", c["teacher_embed_dim"], c["teacher_depth"], c["teacher_num_heads"])
+    loop = Stepper(config, {"one": s}, teacher, total, OneProcess(), RuntimeConfig())
     for step in range(c["n_steps"]):
         at = lambda key: v[f"in/step{step}/{key}"]  # noqa: E731, B023
         crops = Batch(at("collated_global_crops"), at("collated_local_crops"), at("collated_masks"))
-        chosen = torch.ones_like(crops.masks) if distill else crops.masks
-        targets = teacher_targets(guide, centrings, crops.global_crops, chosen, temperature(step))
-        terms, norms = student_step(s, crops, chosen, targets, config, schedules, step, OneProcess(), nullcontext())
+        told = loop.step(step, crops)["one"]
+        terms, norms = told.terms, told.more
         for ours in terms:
             assert terms[ours] == pytest.approx(v[f"out/contribution/{ours}"][step].item(), rel=3e-6, abs=1e-7), (ours, step)
         assert sum(terms.values()) == pytest.approx(v["out/total_loss"][step].item(), rel=3e-6)

@@ -1,0 +1,57 @@
+"""Weights in another number format, made once per change instead of once per use."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class CastCache:
+    """Copies of weights, scaled and cast, without gradient. A copy is made again after the weight changed (an in-place update raises a
+    tensor's version).
+
+    Attributes:
+        enabled: off where a weight's storage is filled behind autograd's back (sharded parameters), since no version tells of it.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self._kept = WeakTensorKeyDictionary()  # weight -> (what the copy was made from, the copy)
+
+    def __call__(self, weight: Tensor, dtype: torch.dtype, scale: Tensor | None = None, normed: bool = False) -> Tensor:
+        """`weight` as `dtype`; its rows times `scale` (one number a row), and with `normed` divided by their norms."""
+        weight = weight.detach() if not self.enabled else weight
+        if scale is None and not normed and weight.dtype == dtype:
+            return weight.detach()
+        if not self.enabled:
+            return _made(weight, dtype, scale, normed)
+        stamp = (_stamp(weight), dtype, normed, None if scale is None else _stamp(scale))
+        kept = self._kept.get(weight)
+        if kept is None or kept[0] != stamp:
+            kept = (stamp, _made(weight, dtype, scale, normed))
+            self._kept[weight] = kept
+        return kept[1]
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CastCache":
+        return CastCache()  # a copied model has weights of its own
+
+    def __reduce__(self) -> tuple:
+        return CastCache, ()
+
+
+def _stamp(x: Tensor) -> tuple[int, int]:
+    return x._version, x.data_ptr()
+
+
+@torch.no_grad()
+def _made(weight: Tensor, dtype: torch.dtype, scale: Tensor | None, normed: bool) -> Tensor:
+    if normed:
+        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float32)
+        scale = 1 / norm if scale is None else scale.view(-1, 1) / norm
+    if scale is not None:
+        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    return weight.to(dtype)

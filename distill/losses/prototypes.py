@@ -1,0 +1,100 @@
+"""Cross-entropy over prototypes without [S, K] matrices: logits, softmax and gradients are made for some rows at a time.
+
+The loss is a number, so its gradient with respect to the logits is known as soon as they are: q - p over the temperature. Each slice's
+gradient is multiplied out at once and the slice forgotten; nothing is computed twice.
+
+Shape legend: S samples, K prototypes, E width of the bottleneck.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distill.cast_cache import CastCache
+from distill.losses.targets import AT_ONCE, Assignment
+
+LOGITS_AT_ONCE = 2**24  # one slice's logits: 32 MiB in bf16
+
+
+def prototype_cross_entropy(
+    z_SE: Float[Tensor, "s e"],
+    targets: Assignment,
+    weights_S: Float[Tensor, "s"],
+    temperature: float,
+    directions_KE: Float[Tensor, "k e"] | None = None,
+    gains_K1: Float[Tensor, "k 1"] | None = None,
+    cast: CastCache | None = None,
+) -> Float[Tensor, ""]:
+    """sum_s weights_s CE(targets_s, softmax(y_s / temperature)), y = (g v/|v|) . z; float32.
+
+    Args:
+        z_SE: bottleneck vectors, or the logits themselves where no prototypes are given.
+        targets: rows that sum to 1.
+        directions_KE, gains_K1: v and g of the weight-normed prototypes.
+        cast: where copies of the prototypes in the format of `z_SE` are kept.
+    """
+    with torch.autocast(z_SE.device.type, enabled=False):  # sums stay in float32
+        return _PrototypeCrossEntropy.apply(z_SE, directions_KE, gains_K1, targets, weights_S, temperature, cast or CastCache())
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, v: Tensor | None, g: Tensor | None, targets: Assignment, weights: Tensor, t: float, cast: CastCache
+    ) -> Tensor:
+        assert len(targets) == len(z) == len(weights)
+        prototypes = None if v is None else cast(v, z.dtype, g, normed=True)
+        wanted = any(ctx.needs_input_grad)
+        loss = torch.zeros((), device=z.device)
+        dz = torch.zeros_like(z) if wanted else None
+        dw = None if v is None or not wanted else torch.zeros_like(v, dtype=torch.float32)
+        many = max(1, LOGITS_AT_ONCE // (z.shape[1] if v is None else len(v)))
+        for start in range(0, len(z), many):
+            part = z[start : start + many].detach()
+            logits = part.clone() if prototypes is None else part @ prototypes.T
+            loss += _rows(logits, targets, weights, start, t)  # from here on `logits` holds their gradient
+            if dz is None:
+                continue
+            if prototypes is None:
+                dz[start : start + many] = logits
+            else:
+                torch.mm(logits, prototypes, out=dz[start : start + many])
+                dw = dw.add_(logits.T @ part)  # type: ignore[union-attr]
+        if dw is not None and v is not None and g is not None:
+            ctx.gradients = (dz, *_through_the_norm(dw, v, g))
+        else:
+            ctx.gradients = (dz, None, None)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *above: Tensor) -> tuple:
+        scaled = [None if x is None else x.mul_(above[0]) for x in ctx.gradients]
+        del ctx.gradients
+        return *scaled, None, None, None, None
+
+
+def _rows(logits_SK: Tensor, targets: Assignment, weights_S: Tensor, start: int, t: float) -> Tensor:
+    """The loss of these rows; their logits are replaced by its gradient, weight (q - p) / t."""
+    total = torch.zeros((), device=logits_SK.device)
+    few = max(1, AT_ONCE // logits_SK.shape[1])
+    for i in range(0, len(logits_SK), few):
+        x = logits_SK[i : i + few]
+        weight = weights_S[start + i : start + i + len(x)]
+        scaled = x.float() / t
+        p = targets.rows(start + i, start + i + len(x))
+        lse = torch.logsumexp(scaled, 1)
+        total += ((lse - torch.linalg.vecdot(p, scaled)) * weight).sum()
+        q = scaled.sub_(lse[:, None]).exp_()
+        x.copy_(q.sub_(p).mul_(weight[:, None] / t))
+    return total
+
+
+def _through_the_norm(dw_KE: Tensor, v_KE: Tensor, g_K1: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of (v, g) from that of w = g v/|v|: dg = u.dw, dv = g/|v| (dw - u (u.dw)), u = v/|v|. Overwrites `dw_KE`."""
+    norm = torch.linalg.vector_norm(v_KE, dim=1, keepdim=True)
+    along = torch.linalg.vecdot(dw_KE, v_KE)[:, None] / norm
+    dv = dw_KE.addcmul_(v_KE, along / -norm).mul_(g_K1 / norm)
+    return dv, along

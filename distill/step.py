@@ -1,0 +1,302 @@
+"""One training step: the teacher's targets, then for every student forward, backward, clip, update, average.
+
+A step's losses are sums over the student's crops once the targets stand, so local crops, global crops and micro-batches are taken through
+the network one after the other and their activations never live together.
+
+Shape legend: B images of a process, C = 2 B global crops, N patches, M chosen patches.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.data.loader import Batch
+from distill.encoder import Features
+from distill.errors import DecantError
+from distill.losses.assignments import TopK, dense
+from distill.losses.targets import Sparse
+from distill.models.headed import HeadedBackbone, frozen
+from distill.monitors import Limits, collapse_statistics
+from distill.objectives import Guide, Targets, global_terms, local_terms, make_centrings, patch_weights
+from distill.optim import Schedules, clip_each, set_step, teacher_temperature, update_average
+from distill.runtime import RuntimeConfig, uses_bf16
+from distill.sharding import fully_sharded
+from distill.targets_cache import Cached, TargetsCache
+from distill.training_state import Student
+
+if TYPE_CHECKING:
+    from distill.train import TrainConfig
+
+MAX_BAD_STEPS = 5  # in a row, then the run stops: skipping goes on for ever when the weights themselves are ruined
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a step says of a student: its loss `terms`; `more`: gradient norms, counters and, where asked, monitors with their `limits`."""
+
+    terms: dict[str, float]
+    more: dict[str, float]
+    limits: Limits | None
+
+
+class Stepper:
+    """Whatever stays from step to step besides the students.
+
+    Attributes:
+        extras: modules with a state: centrings, standardiser, Gram anchor.
+    """
+
+    def __init__(
+        self,
+        config: "TrainConfig",
+        group: dict[str, Student],
+        teacher: HeadedBackbone | None,
+        total: int,
+        accelerator: Any,
+        runtime: RuntimeConfig,
+        micro: int = 1,
+        cache: TargetsCache | None = None,
+    ):
+        self.config, self.group, self.accelerator, self.micro, self.cache = config, group, accelerator, micro, cache
+        asked = config.objectives
+        self.schedules = Schedules(config.optim, config.batch, total)
+        self.temperature = teacher_temperature(asked.teacher_temperature, asked.temperature_warmup, total)
+        first = next(iter(group.values()))
+        self.shares_backbone = teacher is None and first.module.backbone_frozen
+        self.teacher = first.average if teacher is None else self._ready(teacher, runtime)
+        # 0 is the teacher's own grid; a student with another one is compared with resampled patches.
+        own = self._grid(self.teacher, config.teacher_size)
+        self.grids = {name: 0 if (g := self._grid(s.module, None)) == own else g for name, s in group.items()}
+        self.extras = make_centrings(asked, self.teacher, sorted(set(self.grids.values())))
+        self.gram_from = total if asked.gram is None else asked.gram.first_step(total)
+        self.snapshots: set[int] = set()
+        if asked.gram is not None and teacher is None:
+            self.snapshots = set(asked.gram.snapshots(total))
+            self.extras["anchor"] = deepcopy(first.average.backbone)
+        self.extras.to(accelerator.device)
+        self.guide = Guide(self.teacher, asked, self.extras, config.teacher_size)
+
+    def _ready(self, teacher: HeadedBackbone, runtime: RuntimeConfig) -> HeadedBackbone:
+        """A frozen teacher on its device, in no more memory than needed."""
+        teacher = frozen(teacher).to(self.accelerator.device)
+        if self.accelerator.num_processes > 1 and runtime.shard:
+            return fully_sharded(teacher)
+        if uses_bf16(self.config.precision, teacher.backbone.dim):
+            for module in teacher.modules():
+                if isinstance(module, nn.Linear):  # its products run in bf16 anyway: a float32 copy would serve nothing
+                    module.weight.data = module.weight.data.bfloat16()
+        return teacher
+
+    def _grid(self, model: HeadedBackbone, size: int | None) -> int:
+        return -(-(size or self.config.crops.global_size) // model.backbone.patch)
+
+    # Not Accelerator's mixed precision: that is fixed for a whole process, and a run trains several models of different widths.
+    def autocast(self, model: HeadedBackbone) -> Any:
+        bf16 = uses_bf16(self.config.precision, model.backbone.dim)
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
+
+    def chosen(self, part: Batch, grid: int) -> Tensor:
+        """The patches that iBOT asks [C, N]: the masked ones, or without masks all of the student's grid."""
+        if self.config.masks is not None:
+            return part.masks
+        patches = part.masks.shape[1] if grid == 0 and len(set(self.grids.values())) == 1 else self._patches(grid)
+        return part.masks.new_ones(len(part.masks), patches)
+
+    def _patches(self, grid: int) -> int:
+        return (grid or self._grid(self.teacher, self.config.teacher_size)) ** 2
+
+    def step(self, step: int, batch: Batch, watch: bool = True) -> dict[str, Told]:
+        """One step of every student; with `watch`, monitors too."""
+        if step in self.snapshots:
+            self.extras["anchor"].load_state_dict(self.teacher.backbone.state_dict())
+        parts = batch.parts(self.micro)
+        with self.autocast(self.teacher):
+            targets_of = self.targets(step, batch, parts)
+        told = {}
+        for name, student in self.group.items():
+            chosen, targets = [self.chosen(part, self.grids[name]) for part in parts], targets_of[self.grids[name]]
+            context = self.autocast(student.module)
+            terms, norms, cls = student_step(
+                student, parts, chosen, targets, self.config, self.schedules, step, self.accelerator, context,
+                anchored=step >= self.gram_from,
+            )  # fmt: skip
+            limits = None
+            if watch:
+                dino = [t.dino for t in targets if t.dino is not None]
+                assigned = torch.cat([d.flatten(0, 1) for d in dino]) if dino else None
+                statistics, limits = collapse_statistics(assigned, cls)
+                norms |= statistics
+            told[name] = Told(terms, norms, limits)
+        return told
+
+    @torch.no_grad()
+    def targets(self, step: int, batch: Batch, parts: Sequence[Batch]) -> dict[int, list[Targets]]:
+        """By grid, for every micro-batch."""
+        t, grids = self.temperature(step), sorted(set(self.grids.values()))
+        chosen = {grid: [self.chosen(part, grid) for part in parts] for grid in grids}
+        if self.cache is not None:
+            (grid,) = grids
+            return {grid: self._cached(self.cache, step, batch, parts, chosen[grid], grid)}
+        features = self.guide.look(parts)
+        anchors = [f.patches for f in features]
+        if "anchor" in self.extras and step >= self.gram_from:
+            anchors = [self.extras["anchor"](part.global_crops).patches for part in parts]
+        return {g: self.guide.targets(features, chosen[g], t, g, self.shares_backbone, anchors) for g in grids}
+
+    def _cached(
+        self, cache: TargetsCache, step: int, batch: Batch, parts: Sequence[Batch], chosen: list[Tensor], grid: int
+    ) -> list[Targets]:
+        """Targets from the cache; those that it does not hold are made, kept, and used as kept."""
+        whole = self.chosen(batch, grid)
+        t = self.temperature(cache.slot(step))
+        kept = cache.get(step, batch.global_crops, whole)
+        if kept is None:
+            dino, ibot = self.guide.vectors(self.guide.look(parts), chosen, grid)
+            made = self.guide.centred(dino, ibot, [patch_weights(c) for c in chosen], t, grid)
+            none = batch.global_crops.new_zeros(len(batch.global_crops), 1)
+            cls, patches = none, none[:0]
+            if self.config.objectives.dino:
+                cls = joined(dino if cache.config.dino_k is None else [m.dino.flatten(0, 1) for m in made])  # type: ignore[union-attr]
+            if self.config.objectives.ibot:
+                rows = ibot if cache.config.ibot_k is None else [m.ibot.rows(0, len(m.ibot)) for m in made]  # type: ignore[union-attr,arg-type]
+                patches = in_order(rows, whole, self.micro)
+            kept = cache.put(step, batch.global_crops, whole, cls, patches)
+        return self._from_kept(kept, whole, chosen, t, grid)
+
+    def _from_kept(self, kept: Cached, whole: Tensor, chosen: list[Tensor], t: float, grid: int) -> list[Targets]:
+        asked, teacher, n = self.config.objectives, self.teacher, len(chosen)
+        weights = [patch_weights(c) for c in chosen]
+        cls_rows, patch_rows = rows_of_crops(len(whole), n, whole.device), rows_of_patches(whole, n)
+        vectors: list[list[Tensor]] = [[], []]
+        dino: list[Any] = [None] * n
+        ibot: list[Any] = [None] * n
+        if asked.dino and isinstance(kept.dino, TopK):
+            assert teacher.dino is not None
+            full = dense(kept.dino, teacher.dino.config.prototypes)
+            dino = [full[rows].view(2, len(rows) // 2, -1) for rows in cls_rows]
+        elif asked.dino:
+            vectors[0] = [kept.dino[rows] for rows in cls_rows]
+        if asked.ibot and isinstance(kept.ibot, TopK):
+            assert teacher.patch_head is not None
+            k = teacher.patch_head.config.prototypes
+            ibot = [Sparse(TopK(kept.ibot.values[r], kept.ibot.indices[r]), k) for r in patch_rows]
+        elif asked.ibot:
+            vectors[1] = [kept.ibot[rows] for rows in patch_rows]
+        made = self.guide.centred(*vectors, weights, t, grid)
+        return [
+            Targets(m.dino if d is None else d, m.ibot if i is None else i, m.weights)
+            for m, d, i in zip(made, dino, ibot, strict=True)
+        ]
+
+    def stop_if_dead(self, step: int, told: dict[str, Told]) -> None:
+        """Raises DecantError where a monitor says so, in every process alike."""
+        for name, student in self.group.items():
+            limits = told[name].limits
+            if student.monitor is not None and limits is not None:
+                student.monitor.observe(step, told[name].more, limits)
+
+
+def rows_of_crops(crops: int, parts: int, device: torch.device) -> list[Tensor]:
+    """Which of the C crops, crop-major, belong to each micro-batch."""
+    images = torch.arange(crops, device=device).view(2, -1)
+    return [images[:, a:b].flatten() for a, b in edges(crops // 2, parts)]
+
+
+def rows_of_patches(chosen_CN: Tensor, parts: int) -> list[Tensor]:
+    """Which of the chosen patches, numbered in row-major order, belong to each micro-batch, in its own order."""
+    numbers_CN = torch.zeros_like(chosen_CN, dtype=torch.int64)
+    numbers_CN[chosen_CN] = torch.arange(int(chosen_CN.sum()), device=chosen_CN.device)
+    return [numbers_CN[rows][chosen_CN[rows]] for rows in rows_of_crops(len(chosen_CN), parts, chosen_CN.device)]
+
+
+def edges(images: int, parts: int) -> list[tuple[int, int]]:
+    """Where `Batch.parts` cuts."""
+    return [(i * images // parts, (i + 1) * images // parts) for i in range(parts)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """CLS rows [2 b, X] of micro-batches -> of the whole batch, crop-major."""
+    return torch.cat([p.view(2, len(p) // 2, -1) for p in parts], 1).flatten(0, 1)
+
+
+def in_order(parts: Sequence[Tensor], chosen_CN: Tensor, n: int) -> Tensor:
+    """Rows of chosen patches of micro-batches -> in row-major order of the whole batch."""
+    rows = torch.cat(rows_of_patches(chosen_CN, n))
+    found = torch.cat(list(parts))
+    return torch.empty_like(found).index_copy_(0, rows, found)
+
+
+def student_step(
+    student: Student,
+    parts: Sequence[Batch],
+    chosen: Sequence[Tensor],
+    targets: Sequence[Targets],
+    config: "TrainConfig",
+    schedules: Schedules,
+    step: int,
+    accelerator: Any,
+    autocast: Any,
+    anchored: bool = True,
+) -> tuple[dict[str, float], dict[str, float], Tensor]:
+    """(terms, gradient norms before clipping, CLS of every image's first global crop [B, D]) of one student's step. A step whose loss or
+    gradient is not finite changes nothing.
+
+    Args:
+        parts: the micro-batches; chosen, targets: of each.
+        anchored: whether Gram anchoring has begun.
+    """
+    set_step(student.optimizer, schedules, step)
+    student.optimizer.zero_grad(set_to_none=True)
+    terms: dict[str, Tensor] = {}
+    seen: list[Tensor] = []
+    for i, (part, asked, target) in enumerate(zip(parts, chosen, targets, strict=True)):
+        images = len(part.global_crops) // 2
+        local_crops = len(part.local_crops) // images
+
+        def global_use(
+            model: HeadedBackbone, features: Features, images: int = images, local_crops: int = local_crops,
+            asked: Tensor = asked, target: Targets = target,
+        ) -> dict[str, Tensor]:  # fmt: skip
+            seen.append(features.cls[:images].detach())
+            return global_terms(model, features, target, config.objectives, local_crops, asked, anchored)
+
+        jobs: list[tuple[Any, ...]] = []
+        if local_crops and config.objectives.dino:
+            use = partial(local_terms, targets=target, config=config.objectives, local_crops=local_crops)
+            jobs.append((part.local_crops, None, use, None))
+        jobs.append((part.global_crops, asked if config.mask_input else None, global_use, target.seen))
+        for j, job in enumerate(jobs):
+            # The global crops come last: they use every parameter, so gradients can be exchanged while they are made.
+            with student.gradient_sync(i == len(parts) - 1 and j == len(jobs) - 1):
+                with autocast:
+                    found = student.wrapped(*job)
+                accelerator.backward(torch.stack(list(found.values())).sum() / len(parts))
+            for name, value in found.items():
+                terms[name] = terms.get(name, 0) + value.detach() / len(parts)
+    norms = clip_each(student.module.parts().values(), config.optim.clip)
+    values = torch.stack([*terms.values(), *norms]).float()
+    finite = torch.isfinite(values).all()
+    if accelerator.num_processes > 1:  # every rank must take the same decision, and log the mean
+        finite = accelerator.reduce(finite.int(), "sum") == accelerator.num_processes
+        values[: len(terms)] = accelerator.reduce(values[: len(terms)], "mean")
+    if bool(finite):
+        student.optimizer.step()
+        update_average(student.average, student.module, schedules.ema(step))
+        student.bad_in_a_row = 0
+    else:
+        student.bad_steps += 1
+        student.bad_in_a_row += 1
+        if student.bad_in_a_row >= MAX_BAD_STEPS:
+            raise DecantError(
+                f"The loss was not finite in {MAX_BAD_STEPS} steps in a row (at step {step}; terms: "
+                f"{ {k: v.item() for k, v in terms.items()} }). Lower optim.lr, raise optim.warmup, or use precision: fp32."
+            )
+    norm_names = [f"grad_norm_{n}" for n in student.module.parts()]
+    named = dict(zip([*terms, *norm_names], values.tolist(), strict=True))
+    extra = {"bad_steps": float(student.bad_steps)} if student.bad_steps else {}
+    return {k: named[k] for k in terms}, {k: named[k] for k in norm_names} | extra, torch.cat(seen)
