@@ -125,9 +125,17 @@ class MonitorConfig(Config):
     """When a training counts as dead. Thresholds are shares of what is possible, so they hold at any size; each has a value that turns
     that monitor off.
 
+    Measured with the quickstart's networks (width 48 and 64, K = 64, batch 64), as such shares and after the first fifth of the run.
+    Trainings that learn (pretraining with three seeds, distillation with two, a control, a moving centre with three seeds, no KoLeo,
+    LayerScale 1e-5): effective rank 0.13 to 0.7, nearest distance 0.12 to 0.95, targets' entropy at most 0.98, prototype entropy at
+    least 0.97 with Sinkhorn and, for a few steps, 0.20 with a moving centre. Dead ones: temperature 1 (either centring) has rank 0.012,
+    distance 0.013 and targets' entropy 1.0; 100 times the learning rate 0.001, 0.001 and 1.0, with KoLeo only targets' entropy 0.997; no
+    centring at all has prototype entropy 0.14 to 0.16 while its features look alive.
+
     Attributes:
         stop: whether a dead training is stopped; false only logs.
-        after: share of the run before which nothing stops: the first steps pass through states that look like collapse.
+        after: share of the run before which nothing stops. The first steps pass through states that look like collapse: with LayerScale
+            1e-5 all images start with the same features. 0.2 is past the longest warm-up of the shipped recipes.
         patience: logged steps in a row beyond a threshold.
         prototype_entropy: least share of ln min(K, S); 0 is off.
         teacher_entropy: largest share of ln K; 1 is off.
@@ -136,10 +144,10 @@ class MonitorConfig(Config):
     """
 
     stop: bool = True
-    after: float = 0.1
+    after: float = 0.2
     patience: int = 5
-    prototype_entropy: float = 0.25
-    teacher_entropy: float = 0.98
+    prototype_entropy: float = 0.17
+    teacher_entropy: float = 0.995
     effective_rank: float = 0.02
     nearest_distance: float = 0.02
 
