@@ -130,7 +130,7 @@ class MonitorConfig(Config):
     LayerScale 1e-5): effective rank 0.13 to 0.7, nearest distance 0.12 to 0.95, targets' entropy at most 0.98, prototype entropy at
     least 0.97 with Sinkhorn and, for a few steps, 0.20 with a moving centre. Dead ones: temperature 1 (either centring) has rank 0.012,
     distance 0.013 and targets' entropy 1.0; 100 times the learning rate 0.001, 0.001 and 1.0, with KoLeo only targets' entropy 0.997; no
-    centring at all has prototype entropy 0.14 to 0.16 while its features look alive.
+    centring at all has prototype entropy 0.14 to 0.17 (two seeds) while its features look alive.
 
     Attributes:
         stop: whether a dead training is stopped; false only logs.
@@ -146,7 +146,7 @@ class MonitorConfig(Config):
     stop: bool = True
     after: float = 0.2
     patience: int = 5
-    prototype_entropy: float = 0.17
+    prototype_entropy: float = 0.18
     teacher_entropy: float = 0.995
     effective_rank: float = 0.02
     nearest_distance: float = 0.02

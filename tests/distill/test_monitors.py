@@ -290,7 +290,7 @@ def test_a_resumed_run_stops_at_the_same_step():
 def test_what_is_possible_sets_the_thresholds():
     config = MonitorConfig()
     few = config.thresholds(Limits(prototypes=65536, samples=16, images=8, dim=384))
-    assert few["prototype_entropy"][1] == pytest.approx(0.17 * math.log(16))
+    assert few["prototype_entropy"][1] == pytest.approx(0.18 * math.log(16))
     assert few["teacher_entropy"][1] == pytest.approx(0.995 * math.log(65536))
     assert few["effective_rank"][1] == pytest.approx(1 + 0.02 * 7)
     # Feature matching has no prototypes, and a single image no neighbour.
