@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from distill.errors import EnvironmentFailed, GateFailed, UserError
 from distill.files import write_bytes
-from distill.models.backbone import Backbone
+from distill.models.kinds import AnyBackbone
+from distill.models.timm_backbone import TimmBackbone
 
 OPSET = 20  # 17 has LayerNormalization, 19 FP16 scales, 20 Gelu; more would shut out TensorRT 10.3
 INPUT, OUTPUTS = "images", ("cls", "patches")
@@ -49,12 +50,10 @@ class _NormInFloat(nn.Module):
 class _Exported(nn.Module):
     """images [B, 3, size, size] float32 -> (cls [B, D], patches [B, N, D]) float32, on a copy of the backbone."""
 
-    def __init__(self, backbone: Backbone, size: int, precision: Literal["fp32", "fp16"]):
+    def __init__(self, backbone: AnyBackbone, size: int, precision: Literal["fp32", "fp16"]):
         super().__init__()
-        grid = size // backbone.patch
-        # Outside the trace: an exported bicubic resize has given other positions than torch's.
-        self.register_buffer("position", backbone.position(grid, grid).detach().float().clone())
-        self.backbone = copy.deepcopy(backbone).cpu().float().eval().requires_grad_(False)
+        # Positions are resampled outside the trace: an exported bicubic resize has given others than torch's.
+        self.backbone = backbone.at_size(size).cpu().float().eval().requires_grad_(False)
         self.half_inside = precision == "fp16"
         for module in self.backbone.modules():
             if hasattr(module, "fused_attn"):
@@ -67,20 +66,22 @@ class _Exported(nn.Module):
                 setattr(parent, name, norm)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.backbone(images.half() if self.half_inside else images, position=self.position)
+        out = self.backbone(images.half() if self.half_inside else images)
         return out.cls.float(), out.patches.float()
 
 
-def export_onnx(backbone: Backbone, path: Path, size: int, precision: Literal["fp32", "fp16"] = "fp32") -> None:
+def export_onnx(backbone: AnyBackbone, path: Path, size: int, precision: Literal["fp32", "fp16"] = "fp32") -> None:
     """Write an ONNX file: `images` [batch, 3, size, size] -> `cls` [batch, D], `patches` [batch, N, D], all float32 outside.
 
     The caller's model is left as it is. The file depends on weights, size, precision and versions, nothing else.
 
     Raises:
-        UserError: size is not a multiple of the patch, or the graph would exceed 2 GB (protobuf's limit).
+        UserError: size is not a multiple of the patch, the graph would exceed 2 GB (protobuf's limit), or the network is no ViT.
         EnvironmentFailed: this torch exports another graph than the one that is asked for.
         GateFailed: the element types in the graph are not `precision`.
     """
+    if isinstance(backbone, TimmBackbone) and not backbone.is_vit:
+        raise UserError(f"{backbone.config.name} cannot be exported: only ours and timm's plain Vision Transformers can.")
     if size < backbone.patch or size % backbone.patch:
         raise UserError(f"Resolution {size} does not divide into patches of {backbone.patch} px; choose a multiple.")
     total = sum(p.numel() for p in backbone.parameters()) * (2 if precision == "fp16" else 4)

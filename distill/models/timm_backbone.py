@@ -6,6 +6,7 @@ Shape legend: B batch, N patch tokens (h x w grid), T tokens with those in front
 """
 
 import copy
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -102,13 +103,18 @@ class TimmBackbone(nn.Module):
             self.dim, self.patch = self._measure()
             self.mask_token = None
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks of a Vision Transformer, for what treats them one by one; empty for other networks."""
+        return self.net.blocks if self.steps_known else ()
+
     def train_with(self, recompute: bool, compiled: bool) -> None:
         """How it trains: keep only the blocks' inputs and run them again in the backward pass; blocks through torch.compile or not. A
         network that is no Vision Transformer does the first as timm does it, where it can, and is not compiled.
         """
         if self.steps_known:
             self.recompute = recompute
-            for block in self.net.blocks if compiled else ():
+            for block in self.blocks if compiled else ():
                 block.compile()
         elif recompute:
             self.net.set_grad_checkpointing(True)
