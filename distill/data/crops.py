@@ -4,7 +4,6 @@ Cutting, resizing and flipping happen per image on bytes; colours are changed fo
 """
 
 import math
-import warnings
 
 import numpy as np
 import torch
@@ -14,8 +13,6 @@ from torch.nn import functional as F
 
 from distill.config import Config
 from distill.data.photometric import Changes
-
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing writes to a decoded image
 
 
 class CropsConfig(Config):
@@ -120,7 +117,11 @@ def make_views(image: Image.Image, config: CropsConfig, draws: np.ndarray) -> li
     """
     if (excess := min(image.size) // useful_side(config)) > 1:
         image = image.reduce(excess)
-    pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None]
+    pixels = (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        .view(1, image.height, image.width, 3)
+        .permute(0, 3, 1, 2)
+    )
     scale = np.array([config.global_scale] * 2 + [config.local_scale] * config.local_count)
     boxes = random_boxes(draws[:, : 4 * TRIES].reshape(-1, TRIES, 4), image.width, image.height, scale)
     flips = draws[:, 4 * TRIES] < config.flip

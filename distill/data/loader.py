@@ -8,7 +8,7 @@ bytes travel and not floats. Shape legend: B images, L local crops an image, N p
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import islice, pairwise
 from typing import Any
@@ -86,8 +86,7 @@ class Batch:
         return [self] if n == 1 else [self._each(partial(part, a=a, b=b)) for a, b in pairwise(edges)]
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors: Iterator[Any] = (getattr(self, f.name) for f in fields(self))
-        return Batch(*(t if t is None else function(t) for t in tensors))
+        return replace(self, **{f.name: function(t) for f in fields(self) if (t := getattr(self, f.name)) is not None})
 
 
 @dataclass(frozen=True)
@@ -256,6 +255,12 @@ def _made(cut: CutBatch, s: LoaderSettings) -> CutBatch | Batch:
 
 def batches(source: Any, settings: LoaderSettings, start: int, total: int, workers: int) -> Iterator[Batch]:
     """Batches of steps start..total-1, on the settings' device, made `workers` processes ahead (0: in this process)."""
+    for made in made_batches(source, settings, start, total, workers):
+        yield finish_batch(made, settings, settings.device) if isinstance(made, CutBatch) else made
+
+
+def made_batches(source: Any, settings: LoaderSettings, start: int, total: int, workers: int) -> Iterable[CutBatch | Batch]:
+    """The same as the workers send them."""
     streams = hasattr(source, "iterate")
     workers = min(workers, 1) if streams else workers
     common: dict[str, Any] = {
@@ -266,11 +271,8 @@ def batches(source: Any, settings: LoaderSettings, start: int, total: int, worke
         "worker_init_fn": _prepare_worker,
     }
     if streams:
-        loader = DataLoader(_Stream(source, settings, start, total), **common)
-    else:
-        loader = DataLoader(_Steps(source, settings), sampler=range(start, total), **common)
-    for made in loader:
-        yield finish_batch(made, settings, settings.device) if isinstance(made, CutBatch) else made
+        return DataLoader(_Stream(source, settings, start, total), **common)
+    return DataLoader(_Steps(source, settings), sampler=range(start, total), **common)
 
 
 def _prepare_worker(worker: int) -> None:

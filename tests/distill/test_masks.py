@@ -74,5 +74,16 @@ def test_masks_depend_on_the_stream_alone():
     assert not np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("probability", [0.3, 1.0])
+def test_some_crops_get_the_masks_they_have_in_the_whole_batch(probability):
+    def make(chosen=None):
+        return batch_masks(np.random.default_rng(8), 12, (8, 8), probability, (0.1, 0.5), chosen=chosen)
+
+    whole = make()
+    for chosen in (range(12), [0, 1, 6, 7], [11], []):
+        assert np.array_equal(make(chosen), whole[list(chosen)])
+    assert len({m.tobytes() for m in whole if m.any()}) == int(12 * probability)
+
+
 def test_no_crops():
     assert batch_masks(np.random.default_rng(0), 0, (4, 4), 0.5, (0.1, 0.5)).shape == (0, 16)
