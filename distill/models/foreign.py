@@ -19,6 +19,7 @@ from distill.errors import EnvironmentFailed, UserError
 from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, model_info
 from distill.models.heads import DINOHead
 from distill.models.kinds import AnyBackbone, skeleton
+from distill.models.names import from_efficientnet_pytorch
 from distill.models.official import published_preprocess, read_official
 from distill.models.state_files import fill, read_state
 from distill.models.timm_backbone import Option, TimmBackbone, TimmConfig, make_net, preprocess_of
@@ -148,8 +149,15 @@ def fetch_timm(config: TimmConfig) -> nn.Module:
 
 
 def fill_timm(backbone: TimmBackbone, state: dict[str, Tensor], path: Path) -> None:
-    """Weights under timm's own names, or in an older layout that timm converts, into a network made on the meta device."""
+    """Weights under timm's own names, in an older layout that timm converts, or of EfficientNet-PyTorch, into a network made on the
+    meta device.
+
+    Raises:
+        UserError: they do not fit.
+    """
     net = backbone.net
+    if "_conv_stem.weight" in state and hasattr(net, "conv_stem"):
+        state = from_efficientnet_pytorch(state, [len(stage) for stage in net.blocks])
     named = net.pretrained_cfg.get("classifier") or ()
     after = {name.split(".")[0] for name in ((named,) if isinstance(named, str) else named)} | {"attn_pool"}
     known = set(backbone.state_dict())

@@ -1,4 +1,5 @@
-"""What other libraries call the parameters of our ViT, both ways: DINOv2's own files, timm, transformers, MMPreTrain.
+"""What other libraries call the parameters of our ViT, both ways: DINOv2's own files, timm, transformers, MMPreTrain. At the end, one
+way, EfficientNet-PyTorch's names.
 
 Each layout is a table of prefixes; what is more than renaming (merged or split matrices, positions of registers) is in the functions.
 Every function maps a state dict to a new one and copies no more than it must.
@@ -184,3 +185,41 @@ def from_mmpretrain(state: State) -> State:
     """MMPreTrain's -> ours: the mask token is zero."""
     out = MMPRETRAIN.rename(state, any(".ffn.w12." in n for n in state), back=True)
     return out | {"mask_token": torch.zeros_like(out["cls_token"][0])}
+
+
+EFFICIENTNET = {
+    "_conv_stem.": "conv_stem.",
+    "_bn0.": "bn1.",
+    "_conv_head.": "conv_head.",
+    "_bn1.": "bn2.",
+    "_fc.": "classifier.",
+}
+SQUEEZE = {"_se_reduce.": "se.conv_reduce.", "_se_expand.": "se.conv_expand."}
+EXPANDING = {
+    "_expand_conv.": "conv_pw.",
+    "_bn0.": "bn1.",
+    "_depthwise_conv.": "conv_dw.",
+    "_bn1.": "bn2.",
+    "_project_conv.": "conv_pwl.",
+    "_bn2.": "bn3.",
+} | SQUEEZE
+SEPARABLE = {"_depthwise_conv.": "conv_dw.", "_bn1.": "bn1.", "_project_conv.": "conv_pw.", "_bn2.": "bn2."} | SQUEEZE
+
+
+def from_efficientnet_pytorch(state: State, stages: list[int]) -> State:
+    """EfficientNet-PyTorch's names -> timm's.
+
+    Args:
+        stages: blocks of each stage of timm's network; theirs are numbered through.
+    """
+    places = [f"blocks.{stage}.{i}." for stage, n in enumerate(stages) for i in range(n)]
+    out = {}
+    for name, value in state.items():
+        if not name.startswith("_blocks."):
+            out[_replaced(name, EFFICIENTNET)] = value
+            continue
+        _, number, rest = name.split(".", 2)
+        table = EXPANDING if f"_blocks.{number}._expand_conv.weight" in state else SEPARABLE
+        place = places[int(number)] if int(number) < len(places) else f"blocks.{number}."
+        out[place + _replaced(rest, table)] = value
+    return out

@@ -474,6 +474,40 @@ def test_official_weights_in_timm_and_another_resolution(tmp_path):
     close(larger.backbone(images(84)).cls, loaded.backbone(images(84)).cls)
 
 
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_b0"])
+@torch.no_grad()
+def test_efficientnet_pytorchs_names(tmp_path, name):
+    """Their file: blocks numbered through, batch norms counted from 0, squeeze-and-excitation without a module of its own."""
+    model: Any = randomise(timm.create_model(name))
+    numbers = {
+        f"blocks.{s}.{i}": n
+        for n, (s, i) in enumerate((s, i) for s, stage in enumerate(model.blocks) for i in range(len(stage)))
+    }
+    outside = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+    inside = {
+        "conv_pw": "_expand_conv",
+        "bn1": "_bn0",
+        "conv_dw": "_depthwise_conv",
+        "bn2": "_bn1",
+        "conv_pwl": "_project_conv",
+        "bn3": "_bn2",
+    }
+    first = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    squeeze = {"se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
+    state = {}
+    for key, value in model.state_dict().items():
+        body, end = key.rsplit(".", 1)
+        block, inner = ".".join(body.split(".")[:3]), ".".join(body.split(".")[3:])
+        if block in numbers:
+            table = (first if block.startswith("blocks.0") else inside) | squeeze
+            state[f"_blocks.{numbers[block]}.{table[inner]}.{end}"] = value
+        else:
+            state[f"{outside[body]}.{end}"] = value
+    torch.save(state, tmp_path / "w.pth")
+    loaded = load_teacher(LoadConfig(kind="timm", name=name, path=str(tmp_path / "w.pth")))
+    close(loaded.backbone(images(64)).cls, model.forward_head(model.forward_features(images(64)), pre_logits=True))
+
+
 def test_timm_errors(tmp_path, monkeypatch):
     def fails(error: type[Exception], *words: str, **settings: Any) -> None:
         with pytest.raises(error) as e:
