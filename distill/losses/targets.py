@@ -49,7 +49,7 @@ class Soft:
     """softmax((X - c) / t), made row by row from logits X [S, K] of any number format and a centre c [K]."""
 
     def __init__(self, logits_SK: Float[Tensor, "s k"], centre_K: Float[Tensor, "k"], temperature: float):
-        self.logits, self.centre, self.temperature = logits_SK, centre_K, temperature
+        self.logits, self.centre, self.temperature = logits_SK.detach(), centre_K, temperature
 
     def __len__(self) -> int:
         return len(self.logits)

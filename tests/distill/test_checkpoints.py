@@ -298,6 +298,7 @@ def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path):
 
 
 class OneProcess:
+    num_processes = 1
     device = torch.device("cpu")
 
     def prepare_model(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -308,7 +309,7 @@ def student(seed: int, steps: int = 0, heads: int = 2) -> Student:
     """A student that took steps, so that its average and Adam's moments differ from their beginnings."""
     torch.manual_seed(seed)
     config = BackboneConfig(dim=16, depth=1, heads=heads, patch=8, image_size=16, layer_scale=1.0, init="fan_in")
-    model = HeadedBackbone(Backbone(config), DINOHead(16, HEADS["dino"]), None)
+    model: Any = HeadedBackbone(Backbone(config), DINOHead(16, HEADS["dino"]), None)
     made = prepare_student(model, OptimConfig(), ObjectivesConfig(), True, OneProcess())
     for _ in range(steps):
         model.dino(model.backbone(torch.randn(2, 3, 16, 16)).cls).square().sum().backward()
@@ -328,7 +329,7 @@ def test_training_state_round_trip(tmp_path):
     path = tmp_path / "c.safetensors"
     group, centres = {"a": student(0, 3), "b-2": student(1, 2)}, centrings()
     group["a"].bad_steps, group["a"].bad_in_a_row = 4, 2
-    centres["dino"](torch.randn(5, 12), 0.1)
+    centres["dino"]([torch.randn(5, 12)], 0.1)
     save_state(path, 42, group, centres, 1)
     fresh, empty = {"a": student(5), "b-2": student(6)}, centrings()
     assert resume(path, fresh, empty, 1) == 42
@@ -367,8 +368,7 @@ def test_checkpoints_of_other_trainings(tmp_path):
         with pytest.raises(UserError, match="is not a checkpoint of this training") as e:
             resume(path, group, centrings(), 1)
         says(e, str(path))
-    with pytest.raises(UserError, match="written by 1 processes and this run has 2"):
-        resume(path, {"a": student(0)}, centrings(), 2)
+    assert resume(path, {"a": student(0)}, centrings(), 2) == 3  # steps do not depend on the number of processes
     checkpoints.save_tensors(path, {"student/a/w": torch.zeros(2)})
     with pytest.raises(UserError, match="is not a checkpoint of this training"):
         resume(path, {"a": student(0)}, centrings(), 1)

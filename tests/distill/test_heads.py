@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from distill.losses.targets import Dense
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.models.headed import HeadedBackbone, frozen_copy
 from distill.models.heads import DINOHead, HeadConfig, head_parameters
@@ -82,53 +83,84 @@ def test_problems_of_measures_that_no_head_has(changes):
 
 
 @torch.no_grad()
-def test_a_students_pass_is_its_parts():
+def test_what_is_used_of_a_pass_is_the_backbones_features():
     model = headed().eval()
-    globals_, locals_ = torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 16)
-    masks = torch.zeros(4, 16, dtype=torch.bool)
+    crops, masks = torch.randn(4, 3, 32, 32), torch.zeros(4, 16, dtype=torch.bool)
     masks[0, :5] = masks[3, 7] = True
-    out = model(globals_, locals_, masks, masks)
-    masked = model.backbone(globals_, masks)
-    torch.testing.assert_close(out.cls, masked.cls)
-    torch.testing.assert_close(out.dino_global, model.dino(masked.cls))
-    torch.testing.assert_close(out.dino_local, model.dino(model.backbone(locals_).cls))
-    torch.testing.assert_close(out.ibot, model.ibot(masked.patches[masks]))
-    whole = model(globals_, locals_, None, masks)
-    torch.testing.assert_close(whole.ibot, model.ibot(model.backbone(globals_).patches[masks]))
-    assert not torch.allclose(whole.cls, out.cls)
+    whole = model(crops, None, lambda m, f: (m, f))
+    assert whole[0] is model
+    torch.testing.assert_close(whole[1].patches, model.backbone(crops).patches)
+    masked = model(crops, masks, lambda _, f: f)
+    torch.testing.assert_close(masked.cls, model.backbone(crops, masks).cls)
+    assert not torch.allclose(masked.cls, whole[1].cls)
+    kept = model(None, None, lambda _, f: f, whole[1])  # features already there: no pass
+    assert kept is whole[1]
 
 
-@torch.no_grad()
-def test_no_local_crops_and_no_chosen_patches():
-    model = headed().eval()
-    none = torch.zeros(4, 16, dtype=torch.bool)
-    out = model(torch.randn(4, 3, 32, 32), torch.zeros(0, 3, 1, 1), None, none)
-    assert out.dino_local.shape == (0, 24)
-    assert out.ibot.shape == (0, 12)
+def test_the_pass_takes_gradients_to_the_backbone_unless_it_is_frozen():
+    model, crops = headed().train(), torch.randn(2, 3, 32, 32)
+    assert model(crops, None, lambda _, f: f).cls.requires_grad
+    model.backbone.requires_grad_(False)
+    model.train()
+    assert model.backbone_frozen
+    assert not model.backbone.training
+    assert model.dino.training
+    cls = model(crops, None, lambda m, f: m.dino(f.cls))
+    assert cls.requires_grad
+    cls.sum().backward()
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert all(p.grad is not None for p in model.dino.parameters())
 
 
-@torch.no_grad()
-def test_the_teacher_sees_whole_crops():
-    model = headed().eval()
-    crops, chosen = torch.randn(4, 3, 32, 32), torch.rand(4, 16) < 0.3
-    cls, patches = model.teach(crops, chosen)
-    features = model.backbone(crops)
-    torch.testing.assert_close(cls, model.dino(features.cls))
-    torch.testing.assert_close(patches, model.ibot(features.patches[chosen]))
-
-
-@torch.no_grad()
 def test_a_shared_head_serves_both():
-    model = headed(shared=True).eval()
+    model = headed(shared=True)
     assert list(model.parts()) == ["backbone", "dino"]
     assert list(model.heads()) == ["dino"]
-    crops, chosen = torch.randn(2, 3, 32, 32), torch.ones(2, 16, dtype=torch.bool)
-    torch.testing.assert_close(model.teach(crops, chosen)[1], model.dino(model.backbone(crops).patches[chosen]))
+    assert model.patch_head is model.dino
+    own = headed()
+    assert own.patch_head is own.ibot
+    assert HeadedBackbone(own.backbone).patch_head is None
+    assert list(HeadedBackbone(own.backbone).parts()) == ["backbone"]
+
+
+@torch.no_grad()
+def test_logits_of_bottleneck_vectors_are_the_heads():
+    made, x = head(), torch.randn(7, 32)
+    made.last_layer.weight_g.mul_(torch.rand(24, 1) + 0.5)
+    torch.testing.assert_close(made.logits(made.bottleneck(x)), made(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = made.logits(made.bottleneck(x))
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), made(x), rtol=0, atol=0.02)
+    made.last_layer.weight_v.neg_()
+    torch.testing.assert_close(made.logits(made.bottleneck(x)), made(x))  # and follows the prototypes
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_heads_cross_entropy_is_that_of_its_logits(bf16):
+    made = head()
+    with torch.no_grad():
+        made.last_layer.weight_g.mul_(torch.rand(24, 1) + 0.5)
+    x, targets, weights = torch.randn(9, 32, requires_grad=True), torch.softmax(torch.randn(9, 24) * 3, -1), torch.rand(9)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = made.cross_entropy(x, Dense(targets), weights, 0.1)
+    loss.backward()
+    got = [x.grad, *(p.grad for p in made.parameters())]
+    x.grad = None
+    made.zero_grad()
+    want = -(targets * F.log_softmax(made(x) / 0.1, -1)).sum(-1) @ weights
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=5e-3 if bf16 else 1e-5)
+    for a, b in zip(got, [x.grad, *(p.grad for p in made.parameters())], strict=True):
+        if bf16:
+            assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_frozen_copy_is_independent():
     model = headed().train()
-    copy = frozen_copy(model)
+    copy: Any = frozen_copy(model)
     assert not copy.training
     assert model.training
     assert not any(p.requires_grad for p in copy.parameters())
@@ -136,3 +168,13 @@ def test_a_frozen_copy_is_independent():
     with torch.no_grad():
         model.backbone.cls_token += 1
     assert not torch.equal(copy.backbone.cls_token, model.backbone.cls_token)
+
+
+def test_a_frozen_copy_shares_a_frozen_backbone():
+    model = headed()
+    model.backbone.requires_grad_(False)
+    copy: Any = frozen_copy(model)
+    assert copy.backbone is model.backbone
+    assert copy.dino is not model.dino
+    assert not any(p.requires_grad for p in copy.parameters())
+    assert all(p.requires_grad for p in model.dino.parameters())

@@ -1,16 +1,19 @@
 """The objectives against loops written from their equations, at their edges and in half precision."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from distill.losses.dino import dino_loss
-from distill.losses.ibot import ibot_loss, patch_weights
+from distill.losses.dino import dino_global, dino_local
+from distill.losses.ibot import patch_weights
 from distill.losses.koleo import koleo_loss
-from distill.models.headed import Outputs
-from distill.objectives import ObjectivesConfig, Targets, student_losses, target_statistics
+from distill.losses.prototypes import prototype_cross_entropy
+from distill.losses.targets import Dense
+from distill.objectives import ObjectivesConfig
 
 torch.set_num_threads(1)
 T = 0.1
@@ -22,6 +25,20 @@ def distributions(*shape: int) -> torch.Tensor:
 
 def cross_entropy(target: torch.Tensor, logits: torch.Tensor, temperature: float = T) -> torch.Tensor:
     return -(target * torch.log(torch.softmax(logits.double() / temperature, -1))).sum(-1)
+
+
+def dino_loss(student_GBK: Tensor, small_LBK: Tensor, targets_GBK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The parts of global and local crops, straight from logits."""
+    ce = partial(prototype_cross_entropy, temperature=temperature)
+    count = len(small_LBK)
+    return (
+        dino_global(student_GBK.flatten(0, 1), targets_GBK, count, ce),
+        dino_local(small_LBK.flatten(0, 1), targets_GBK, count, ce),
+    )
+
+
+def ibot_loss(student_MK: Tensor, targets_MK: Tensor, weights_M: Tensor, temperature: float) -> Tensor:
+    return prototype_cross_entropy(student_MK, Dense(targets_MK), weights_M, temperature)
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +67,15 @@ def test_dino_is_the_mean_over_all_pairs(globals_, locals_):
 
 
 def test_dino_compares_no_crop_with_itself():
-    student, targets = torch.randn(2, 4, 6, requires_grad=True), distributions(2, 4, 6)
-    only_first = targets.clone()
-    only_first[1] = 0
-    dino_loss(student, torch.zeros(0, 4, 6), only_first, T)[0].backward()
-    assert student.grad is not None
-    assert not student.grad[0].any()
-    assert student.grad[1].abs().max() > 0
+    student, targets = torch.randn(2, 4, 6), distributions(2, 4, 6)
+    gradients = []
+    for first in (targets[0], distributions(4, 6)):
+        x = student.clone().requires_grad_()
+        dino_loss(x, torch.zeros(0, 4, 6), torch.stack([first, targets[1]]), T)[0].backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    assert torch.equal(gradients[0][0], gradients[1][0])  # the first crop does not see its own target
+    assert (gradients[0][1] - gradients[1][1]).abs().max() > 1e-3
 
 
 def test_dino_is_least_where_student_and_teacher_agree():
@@ -77,7 +96,7 @@ def test_cross_entropies_are_float32(dtype):
     torch.testing.assert_close(got, want)
     flat, weights = targets.flatten(0, 1), torch.ones(8)
     torch.testing.assert_close(
-        ibot_loss(student.flatten(0, 1), flat, weights, 2, T), ibot_loss(student.float().flatten(0, 1), flat, weights, 2, T)
+        ibot_loss(student.flatten(0, 1), flat, weights, T), ibot_loss(student.float().flatten(0, 1), flat, weights, T)
     )
 
 
@@ -90,8 +109,8 @@ def test_patch_weights():
     masks = torch.zeros(4, 6, dtype=torch.bool)
     masks[0, :3] = masks[2, 5] = True
     masks[3] = True
-    third, sixth = [1 / 3] * 3, [1 / 6] * 6
-    torch.testing.assert_close(patch_weights(masks), torch.tensor([*third, 1.0, *sixth]))
+    third, sixth = [1 / 3] * 3, [1 / 6] * 6  # and all four crops count, the one without a mask too
+    torch.testing.assert_close(patch_weights(masks), torch.tensor([*third, 1.0, *sixth]) / 4)
     assert patch_weights(torch.zeros(4, 6, dtype=torch.bool)).shape == (0,)
 
 
@@ -104,14 +123,14 @@ def test_ibot_is_the_mean_over_crops_of_the_mean_over_their_masked_patches():
     for c in range(crops):
         terms = [cross_entropy(targets[c, i].double(), student[c, i]).item() for i in range(n) if masks[c, i]]
         want += sum(terms) / len(terms) if terms else 0.0
-    got = ibot_loss(student[masks], targets[masks], patch_weights(masks), crops, T)
+    got = ibot_loss(student[masks], targets[masks], patch_weights(masks), T)
     assert got.item() == pytest.approx(want / crops, rel=1e-5)
 
 
 def test_ibot_without_a_masked_patch_is_zero_with_a_gradient():
     student = torch.randn(4, 7, requires_grad=True)
     none = torch.zeros(2, 3, dtype=torch.bool)
-    loss = ibot_loss(student[:0], torch.zeros(0, 7), patch_weights(none), 2, T)
+    loss = ibot_loss(student[:0], torch.zeros(0, 7), patch_weights(none), T)
     loss.backward()
     assert loss.item() == 0
     assert student.grad is not None
@@ -181,59 +200,25 @@ def test_koleo_under_autocast_is_float32():
     assert got.item() == pytest.approx(-distances.min(1).values.log().mean().item(), rel=1e-3)
 
 
-B, K, M = 4, 6, 5
-
-
-def outputs_and_targets(m: int = M) -> tuple[Outputs, Targets]:
-    out = Outputs(torch.randn(2 * B, 8), torch.randn(2 * B, K), torch.randn(3 * B, K), torch.randn(m, K))
-    return out, Targets(distributions(2, B, K), distributions(m, K), torch.rand(m))
-
-
-def test_the_terms_are_weighted_and_named():
-    out, targets = outputs_and_targets()
-    config = ObjectivesConfig(dino=2.0, ibot=0.5, koleo=0.3, student_temperature=0.2)
-    terms = student_losses(out, targets, config)
-    dino = dino_loss(out.dino_global.view(2, B, K), out.dino_local.view(3, B, K), targets.dino, 0.2)
-    torch.testing.assert_close(terms["dino_global"], 2 * dino[0])
-    torch.testing.assert_close(terms["dino_local"], 2 * dino[1])
-    torch.testing.assert_close(terms["ibot"], 0.5 * ibot_loss(out.ibot, targets.ibot, targets.weights, 2 * B, 0.2))
-    torch.testing.assert_close(terms["koleo"], 0.3 * (koleo_loss(out.cls[:B]) + koleo_loss(out.cls[B:])))
-    assert len(terms) == 4
-
-
-@pytest.mark.parametrize(
-    ("weights", "left"),
-    [
-        ({"koleo": 0.0}, {"dino_global", "dino_local", "ibot"}),
-        ({"ibot": 0.0}, {"dino_global", "dino_local", "koleo"}),
-        ({"dino": 0.0}, {"ibot", "koleo"}),
-    ],
-)
-def test_a_weight_of_zero_leaves_its_term_out(weights, left):
-    assert student_losses(*outputs_and_targets(), ObjectivesConfig(**weights)).keys() == left
-
-
-def test_no_local_crops_leave_the_global_pairs():
-    out, targets = outputs_and_targets()
-    terms = student_losses(out._replace(dino_local=out.dino_global[:0]), targets, ObjectivesConfig())
-    assert terms["dino_local"].item() == 0
-    alone = dino_loss(out.dino_global.view(2, B, K), torch.zeros(0, B, K), targets.dino, T)[0]
-    torch.testing.assert_close(terms["dino_global"], alone)
-
-
-def test_there_is_always_something_to_optimise():
-    """The loop adds the terms up by stacking them."""
-    terms = student_losses(*outputs_and_targets(0), ObjectivesConfig(dino=0.0, koleo=0.0))
-    torch.stack(list(terms.values())).sum()
-
-
-def test_statistics_of_targets():
-    sharp = Targets(torch.eye(6)[:, :].view(2, 3, 6), torch.zeros(0, 6), torch.zeros(0))
-    assert target_statistics(sharp) == pytest.approx({"teacher_entropy": 0.0, "prototype_entropy": math.log(6)})
-    collapsed = Targets(torch.eye(6)[:1].expand(6, 6).reshape(2, 3, 6), torch.zeros(0, 6), torch.zeros(0))
-    assert target_statistics(collapsed) == pytest.approx({"teacher_entropy": 0.0, "prototype_entropy": 0.0})
-    flat = Targets(torch.full((2, 3, 6), 1 / 6), torch.zeros(0, 6), torch.zeros(0))
-    assert target_statistics(flat) == pytest.approx({"teacher_entropy": math.log(6), "prototype_entropy": math.log(6)})
+def test_koleo_in_groups_looks_for_neighbours_within_each():
+    x = torch.randn(12, 5, requires_grad=True)
+    got = koleo_loss(x, 4)
+    got.backward()
+    each = torch.stack([koleo_loss(part) for part in x.detach().split(4)])
+    torch.testing.assert_close(got.detach(), each.mean())
+    assert x.grad is not None
+    for i, part in enumerate(x.detach().split(4)):
+        alone = part.clone().requires_grad_()
+        koleo_loss(alone).backward()
+        assert alone.grad is not None
+        torch.testing.assert_close(x.grad[4 * i : 4 * i + 4], alone.grad / 3)
+    x = x.detach()
+    assert not torch.isclose(got.detach(), koleo_loss(x))  # among all twelve the nearest is nearer
+    for group in (12, 100):
+        torch.testing.assert_close(koleo_loss(x, group), koleo_loss(x))
+    uneven = koleo_loss(x[:10], 4)  # 4, 4, 2
+    parts = [koleo_loss(p) * len(p) for p in x[:10].split(4)]
+    torch.testing.assert_close(uneven, torch.stack(parts).sum() / 10)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +229,7 @@ def test_statistics_of_targets():
         ({"student_temperature": 0.0}, "temperatures"),
         ({"teacher_temperature": (0.04, -0.1)}, "temperatures"),
         ({"temperature_warmup": 1.1}, "temperature_warmup"),
+        ({"koleo_group": 1}, "koleo_group"),
     ],
 )
 def test_problems(changes, said):
