@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import Config
+from distill.sharding import whole
 from distill.schedules import Cosine, Linear, is_decayed, layer_multiplier
 
 
@@ -123,16 +124,23 @@ def clip_each(modules: Iterable[nn.Module], limit: float) -> list[Tensor]:
     """Clip each module's gradient norm by itself; the norms before clipping."""
     norms = []
     for module in modules:
-        norm = nn.utils.clip_grad_norm_(module.parameters(), limit, foreach=True)
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients, foreach=True))  # over all processes, where gradients are sharded
+        nn.utils.clip_grads_with_norm_(module.parameters(), limit, norm, foreach=True)
         norms.append(norm.to(next(module.parameters()).device))  # without any gradient it is a zero on the CPU
     return norms
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, module: nn.Module, momentum: float) -> None:
-    """average <- momentum * average + (1 - momentum) * module, for all parameters at once; shared ones stay."""
+    """average <- momentum * average + (1 - momentum) * module, for all parameters at once; shared ones stay. Buffers (statistics of batch
+    norms, which are averages themselves) are copied.
+    """
     pairs = [(a.detach(), p.detach()) for a, p in zip(average.parameters(), module.parameters(), strict=True) if a is not p]
     torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - momentum)
+    for a, b in zip(average.buffers(), module.buffers(), strict=True):
+        if a is not b:
+            a.copy_(b)
 
 
 def teacher_temperature(start_end: tuple[float, float], warmup: float, total: int) -> Linear:

@@ -15,11 +15,12 @@ from distill.errors import UserError
 from distill.models.backbone import Backbone
 from distill.models.checkpoints import save_tensors
 from distill.models.headed import HeadedBackbone, frozen_copy
+from distill.models.timm_backbone import TimmBackbone, device_of, own_size
 from distill.monitors import Monitor
 from distill.objectives import ObjectivesConfig
 from distill.optim import OptimConfig, make_optimizer
 from distill.runtime import RuntimeConfig
-from distill.sharding import shard, whole
+from distill.sharding import fully_sharded, gathered, hollow, read_like, whole
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Student:
     average: HeadedBackbone
     optimizer: torch.optim.Optimizer
     wrapped: nn.Module
+    shape: HeadedBackbone | None = None  # of a sharded student: its ordinary form, without memory
     monitor: Monitor | None = None
     bad_steps: int = 0
     bad_in_a_row: int = 0
@@ -37,36 +39,61 @@ class Student:
 
     @contextmanager
     def gradient_sync(self, on: bool) -> Iterator[None]:
-        """Whether the backward pass inside exchanges gradients with other processes: only a step's last one does."""
-        if hasattr(self.wrapped, "set_requires_gradient_sync"):  # sharded
-            self.wrapped.set_requires_gradient_sync(on)
-            yield
-        elif not on and hasattr(self.wrapped, "no_sync"):  # DistributedDataParallel
+        """Whether the backward pass inside exchanges gradients with other processes: only a step's last one does. A sharded model always
+        does: what it has not exchanged it would have to keep whole.
+        """
+        if not on and hasattr(self.wrapped, "no_sync"):  # DistributedDataParallel
             with self.wrapped.no_sync():
                 yield
         else:
             yield
 
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor that a step changes, by name; sharded ones are gathered, so every process must call this."""
-        tensors = {f"module.{k}": whole(v) for k, v in self.module.state_dict().items()}
-        tensors |= {f"average.{k}": whole(v) for k, v in self.average.state_dict().items()}
+    def whole_average(self) -> HeadedBackbone:
+        """The moving average as an ordinary module: itself, or gathered on the CPU if it is sharded (every process must call this)."""
+        return self.average if self.shape is None else gathered(self.average, self.shape)
+
+    def state(self, keep: bool = True) -> dict[str, Tensor]:
+        """Every tensor that a step changes, by name. Sharded ones are gathered one by one onto the CPU, so every process must call this;
+        without `keep` it only gives its pieces.
+        """
+        tensors: dict[str, Tensor] = {}
+
+        def add(name: str, value: Tensor) -> None:
+            full = whole(value)
+            if keep:
+                tensors[name] = full if full is value else full.cpu()
+
+        for part, own in self._tensors().items():
+            for key, value in own.items():
+                add(f"{part}.{key}", value)
         for name, p in self.module.named_parameters():
             for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"adam.{key}.{name}"] = whole(value)
+                add(f"adam.{key}.{name}", value)
         return tensors
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        for part, module in (("module.", self.module), ("average.", self.average)):
-            values = {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
-            own = module.state_dict()
-            module.load_state_dict({k: shard(v, own[k]) if k in own else v for k, v in values.items()})
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Of the module and its average, without what they share (a frozen backbone)."""
+        module, average = self.module.state_dict(), self.average.state_dict()
+        shared = {v.data_ptr() for v in module.values() if v.numel() and self.shape is None}
+        return {"module": module, "average": {k: v for k, v in average.items() if v.data_ptr() not in shared}}
+
+    def restore(self, file: Any, prefix: str) -> None:
+        """Take all of it from an open safetensors file; a process reads no more of a sharded tensor than its rows."""
+        names = {k.removeprefix(prefix) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118 (safe_open is no mapping)
+        for part, own in self._tensors().items():
+            extra = {n for n in names if n.startswith(f"{part}.")} - {f"{part}.{k}" for k in own}
+            if extra:
+                raise ValueError(f"{min(extra)} belongs to another model")
+            with torch.no_grad():
+                for key, value in own.items():
+                    value.copy_(read_like(file, f"{prefix}{part}.{key}", value))
         parameters = dict(self.module.named_parameters())
-        for key, value in tensors.items():
-            if key.startswith("adam."):
-                _, kind, name = key.split(".", 2)
-                p = parameters[name]
-                self.optimizer.state[p][kind] = value.to(p.device) if kind == "step" else shard(value, p)
+        for name in sorted(n for n in names if n.startswith("adam.")):
+            _, kind, of = name.split(".", 2)
+            p = parameters[of]
+            one = kind == "step"
+            value = file.get_tensor(prefix + name).to(p.device) if one else read_like(file, prefix + name, p.detach())
+            self.optimizer.state[p][kind] = value
 
 
 def prepare_student(
@@ -86,23 +113,31 @@ def prepare_student(
         model.ibot.requires_grad_(False)
     if model.dino is not None and not objectives.dino and (model.ibot is not None or not objectives.ibot):
         model.dino.requires_grad_(False)
+    if isinstance(model.backbone, TimmBackbone) and not model.backbone.steps_known and not model.backbone_frozen:
+        freeze_unused(model.backbone)
     model.to(accelerator.device).train()
     if isinstance(model.backbone, Backbone):
         model.backbone.train_with(recompute=runtime.recompute_blocks, compiled=runtime.compile)
     average = frozen_copy(model)
-    wrapped = wrap(model, average, accelerator, runtime)
-    optimizer = make_optimizer(model.parts(), model.backbone.n_blocks, optim)
-    return Student(model, average, optimizer, wrapped)
-
-
-def wrap(model: HeadedBackbone, average: HeadedBackbone, accelerator: Any, runtime: RuntimeConfig) -> nn.Module:
-    """The student for several processes: replicated (gradients are averaged), or with its parameters and its average sharded."""
-    if accelerator.num_processes > 1 and runtime.shard:
-        from distill.sharding import fully_sharded
-
+    several = accelerator.num_processes > 1
+    # A frozen backbone stays whole: it needs no gradient, moments or average, and two models run it.
+    shape = hollow(average) if several and runtime.shard and not model.backbone_frozen else None
+    if shape is not None:
         fully_sharded(average)
-        return fully_sharded(model)
-    return accelerator.prepare_model(model)
+    wrapped = fully_sharded(model) if shape is not None else accelerator.prepare_model(model)
+    optimizer = make_optimizer(model.parts(), model.backbone.n_blocks, optim)
+    return Student(model, average, optimizer, wrapped, shape)
+
+
+def freeze_unused(backbone: TimmBackbone) -> None:
+    """Freeze what features do not depend on: some of timm's networks keep layers that only their classifier used."""
+    training, size = backbone.training, backbone.config.image_size or own_size(backbone.net)
+    features = backbone.eval()(torch.zeros(1, 3, size, size, device=device_of(backbone.net)))
+    learned = {n: p for n, p in backbone.named_parameters() if p.requires_grad}
+    used = torch.autograd.grad(features.cls.sum() + features.patches.sum(), list(learned.values()), allow_unused=True)
+    for p, gradient in zip(learned.values(), used, strict=True):
+        p.requires_grad_(gradient is not None)
+    backbone.train(training)
 
 
 def resume(checkpoint: Path, group: dict[str, Student], extras: nn.Module, world: int) -> int:
@@ -119,13 +154,12 @@ def resume(checkpoint: Path, group: dict[str, Student], extras: nn.Module, world
     try:
         with safe_open(checkpoint, framework="pt") as f:
             about = json.loads(f.metadata()["state"])
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        for name, student in group.items():
-            student.restore(under(tensors, f"student/{name}/"))
-            student.bad_steps, student.bad_in_a_row = about["bad"][name]
-            if student.monitor is not None:
-                student.monitor.restore(about["monitors"][name])
-        extras.load_state_dict(under(tensors, "centring/"))
+            for name, student in group.items():
+                student.restore(f, f"student/{name}/")
+                student.bad_steps, student.bad_in_a_row = about["bad"][name]
+                if student.monitor is not None:
+                    student.monitor.restore(about["monitors"][name])
+            extras.load_state_dict({k: read_like(f, f"centring/{k}", v) for k, v in extras.state_dict().items()})
     except Exception as e:
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(
@@ -134,20 +168,15 @@ def resume(checkpoint: Path, group: dict[str, Student], extras: nn.Module, world
     return about["step"]
 
 
-def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
 def save_state(path: Path, step: int, group: dict[str, Student], extras: nn.Module, world: int, main: bool = True) -> None:
     """Write every tensor under `student/<name>/...` and `centring/...`, with steps done and counters in the metadata.
 
     Every process must call this (sharded tensors are gathered); the main one writes.
     """
-    tensors = {f"student/{n}/{k}": v for n, student in group.items() for k, v in student.state().items()}
-    tensors |= {f"centring/{k}": v for k, v in extras.state_dict().items()}
+    tensors = {f"student/{n}/{k}": v for n, student in group.items() for k, v in student.state(main).items()}
+    others = {f"centring/{k}": whole(v) for k, v in extras.state_dict().items()}
     bad = {n: [student.bad_steps, student.bad_in_a_row] for n, student in group.items()}
     monitors = {n: student.monitor.state() if student.monitor else {} for n, student in group.items()}
     about = json.dumps({"step": step, "processes": world, "bad": bad, "monitors": monitors})
     if main:
-        save_tensors(path, tensors, {"state": about})
+        save_tensors(path, tensors | others, {"state": about})
