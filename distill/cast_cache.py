@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+AT_ONCE = 2**18  # numbers of a slice of rows: 1 MiB in float32, which stays in a core's cache
+
 
 class CastCache:
     """Copies of weights, scaled and cast, without gradient. A copy is made again after the weight changed (an in-place update raises a
@@ -49,9 +51,12 @@ def _stamp(x: Tensor) -> tuple[int, int]:
 
 @torch.no_grad()
 def _made(weight: Tensor, dtype: torch.dtype, scale: Tensor | None, normed: bool) -> Tensor:
-    if normed:
-        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float32)
-        scale = 1 / norm if scale is None else scale.view(-1, 1) / norm
-    if scale is not None:
-        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    return weight.to(dtype)
+    if scale is None and not normed:
+        return weight.to(dtype)
+    rows = weight.flatten(1)
+    scales = rows.new_ones(len(rows), 1) if scale is None else scale.view(-1, 1)
+    made = torch.empty_like(rows, dtype=dtype)
+    few = max(1, AT_ONCE // rows.shape[1])
+    for out, part, s in zip(made.split(few), rows.split(few), scales.split(few), strict=True):
+        out.copy_(part * (s / torch.linalg.vector_norm(part, dim=1, keepdim=True) if normed else s))
+    return made.view(weight.shape)

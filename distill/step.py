@@ -25,7 +25,7 @@ from distill.monitors import Limits, collapse_statistics
 from distill.objectives import Guide, Targets, global_terms, local_terms, make_centrings, patch_weights
 from distill.optim import Schedules, clip_each, set_step, teacher_temperature, update_average
 from distill.runtime import RuntimeConfig, uses_bf16
-from distill.sharding import fully_sharded
+from distill.sharding import fully_sharded, hollow, is_sharded, linear_in_bf16, sharded_copy
 from distill.targets_cache import Cached, TargetsCache
 from distill.training_state import Student
 
@@ -77,20 +77,18 @@ class Stepper:
         self.snapshots: set[int] = set()
         if asked.gram is not None and teacher is None:
             self.snapshots = set(asked.gram.snapshots(total))
-            self.extras["anchor"] = deepcopy(first.average.backbone)
+            self.extras["anchor"] = deepcopy(first.average.backbone) if first.shape is None else anchor_of(first)
         self.extras.to(accelerator.device)
         self.guide = Guide(self.teacher, asked, self.extras, config.teacher_size)
 
     def _ready(self, teacher: HeadedBackbone, runtime: RuntimeConfig) -> HeadedBackbone:
         """A frozen teacher on its device, in no more memory than needed."""
+        if is_sharded(teacher):  # by `load_sharded`
+            return teacher
         teacher = frozen(teacher).to(self.accelerator.device)
-        if self.accelerator.num_processes > 1 and runtime.shard:
-            return fully_sharded(teacher)
         if uses_bf16(self.config.precision, teacher.backbone.dim):
-            for module in teacher.modules():
-                if isinstance(module, nn.Linear):  # its products run in bf16 anyway: a float32 copy would serve nothing
-                    module.weight.data = module.weight.data.bfloat16()
-        return teacher
+            linear_in_bf16(teacher)
+        return fully_sharded(teacher) if self.accelerator.num_processes > 1 and runtime.shard else teacher
 
     def _grid(self, model: HeadedBackbone, size: int | None) -> int:
         return -(-(size or self.config.crops.global_size) // model.backbone.patch)
@@ -153,7 +151,7 @@ class Stepper:
     ) -> list[Targets]:
         """Targets from the cache; those that it does not hold are made, kept, and used as kept."""
         whole = self.chosen(batch, grid)
-        t = self.temperature(cache.slot(step))
+        t = self.temperature(step)
         kept = cache.get(step, batch.global_crops, whole)
         if kept is None:
             dino, ibot = self.guide.vectors(self.guide.look(parts), chosen, grid)
@@ -199,6 +197,12 @@ class Stepper:
             limits = told[name].limits
             if student.monitor is not None and limits is not None:
                 student.monitor.observe(step, told[name].more, limits)
+
+
+def anchor_of(student: Student) -> nn.Module:
+    """A sharded copy of the average's backbone."""
+    assert student.shape is not None
+    return sharded_copy(student.average.backbone, hollow(student.shape.backbone))
 
 
 def rows_of_crops(crops: int, parts: int, device: torch.device) -> list[Tensor]:

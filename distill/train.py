@@ -84,10 +84,18 @@ class TrainConfig(Config):
             found.append(f"teacher_size must be at least 1 pixel, got {self.teacher_size}")
         if self.cache is not None and self.objectives.needs_features():
             found.append("cache keeps prototype targets, which match and gram do not use: drop it, or drop them")
-        if self.cache is not None and self.objectives.centring == "centre":
-            found.append("cache needs objectives.centring: sinkhorn: a moving centre depends on the steps before")
-        if self.cache is not None and self.cache.replay is not None and len(set(self.objectives.teacher_temperature)) > 1:
-            found.append("cache.replay needs one teacher_temperature: a replayed step would come back at another one")
+        fixed = self.cache is not None and (self.cache.dino_k or self.cache.ibot_k)  # targets are kept as they were made
+        if fixed and self.objectives.centring == "centre":
+            found.append("cache.dino_k and ibot_k need objectives.centring: sinkhorn: a moving centre would stand still")
+        if (
+            fixed
+            and self.cache is not None
+            and self.cache.replay is not None
+            and len(set(self.objectives.teacher_temperature)) > 1
+        ):
+            found.append(
+                "cache.dino_k and ibot_k with replay need one teacher_temperature: targets come back as they were made"
+            )
         if self.probe_every < 0:
             found.append(f"probe_every must be at least 0, got {self.probe_every}")
         return found
@@ -184,20 +192,20 @@ def train(
             stopping = bool(stop)
             if world > 1:  # the signal may reach the ranks at different steps, and they must leave together
                 stopping = bool(accelerator.reduce(torch.tensor(int(stopping), device=device), "sum"))
-            if probe and config.probe_every and _crossed(step, config.batch, config.probe_every, done == total) and main:
+            if probe and config.probe_every and _crossed(step, config.batch, config.probe_every, done == total):
                 for name, student in group.items():
-                    logs[name].write({"step": step, "images": done * config.batch, **probe(student.average.backbone)})
+                    average = student.whole_average()  # every process has a part in it
+                    if main:
+                        logs[name].write({"step": step, "images": done * config.batch, **probe(average.backbone)})
             shown = {"loss": sum(next(iter(group.values())).last_terms.values())}
             task.advance(1, **shown)
             if done % runtime.checkpoint_every == 0 or done == total or stopping:
-                save_state(checkpoint, done, group, loop.extras, world, main)
-            if stopping:
                 if cache is not None:
                     cache.flush()
+                save_state(checkpoint, done, group, loop.extras, world, main)
+            if stopping:
                 raise KeyboardInterrupt
             loop.stop_if_dead(step, told)
-    if cache is not None:
-        cache.flush()
     if main and subjects:
         said = {n: (t.more, t.limits) for n, t in told.items() if t.limits is not None}
         about = {"step": total - 1, "images": total * config.batch}
@@ -205,7 +213,7 @@ def train(
             folder / "rows.jsonl", [r for n, (v, limits) in said.items() for r in monitor_rows(v, limits, subjects[n], **about)]
         )
     accelerator.wait_for_everyone()
-    return {n: s.average.cpu().eval() for n, s in group.items()}
+    return {n: s.whole_average().cpu().eval() for n, s in group.items()}
 
 
 def micro_batches(config: TrainConfig, runtime: RuntimeConfig, world: int) -> int:

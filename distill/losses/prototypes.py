@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.cast_cache import CastCache
-from distill.losses.targets import AT_ONCE, Assignment
+from distill.cast_cache import AT_ONCE, CastCache
+from distill.losses.targets import Assignment
 
 LOGITS_AT_ONCE = 2**24  # one slice's logits: 32 MiB in bf16
 
@@ -49,11 +49,12 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         loss = torch.zeros((), device=z.device)
         dz = torch.zeros_like(z) if wanted else None
-        dw = None if v is None or not wanted else torch.zeros_like(v, dtype=torch.float32)
+        dw = None
         many = max(1, LOGITS_AT_ONCE // (z.shape[1] if v is None else len(v)))
         for start in range(0, len(z), many):
             part = z[start : start + many].detach()
-            logits = part.clone() if prototypes is None else part @ prototypes.T
+            # Scaled here, where it is one number a coordinate of z, and not one a logit.
+            logits = part / t if prototypes is None else (part.float() / t).to(z.dtype) @ prototypes.T
             loss += _rows(logits, targets, weights, start, t)  # from here on `logits` holds their gradient
             if dz is None:
                 continue
@@ -61,9 +62,9 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
                 dz[start : start + many] = logits
             else:
                 torch.mm(logits, prototypes, out=dz[start : start + many])
-                dw = dw.add_(logits.T @ part)  # type: ignore[union-attr]
-        if dw is not None and v is not None and g is not None:
-            ctx.gradients = (dz, *_through_the_norm(dw, v, g))
+                dw = (logits.T @ part).to(v.dtype) if dw is None else dw.add_(logits.T @ part)  # type: ignore[union-attr]
+        if wanted and v is not None and g is not None:
+            ctx.gradients = (dz, *_through_the_norm(torch.zeros_like(v) if dw is None else dw, v, g))
         else:
             ctx.gradients = (dz, None, None)
         return loss
@@ -71,30 +72,33 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *above: Tensor) -> tuple:
-        scaled = [None if x is None else x.mul_(above[0]) for x in ctx.gradients]
+        factor, found = above[0], ctx.gradients
         del ctx.gradients
-        return *scaled, None, None, None, None
+        if factor.device.type != "cpu" or factor != 1:  # asking a GPU would wait for it
+            found = tuple(None if x is None else x.mul_(factor) for x in found)
+        return *found, None, None, None, None
 
 
 def _rows(logits_SK: Tensor, targets: Assignment, weights_S: Tensor, start: int, t: float) -> Tensor:
-    """The loss of these rows; their logits are replaced by its gradient, weight (q - p) / t."""
+    """The loss of these rows of logits, already divided by t; they are replaced by its gradient, weight (q - p) / t."""
     total = torch.zeros((), device=logits_SK.device)
     few = max(1, AT_ONCE // logits_SK.shape[1])
     for i in range(0, len(logits_SK), few):
         x = logits_SK[i : i + few]
         weight = weights_S[start + i : start + i + len(x)]
-        scaled = x.float() / t
         p = targets.rows(start + i, start + i + len(x))
-        lse = torch.logsumexp(scaled, 1)
-        total += ((lse - torch.linalg.vecdot(p, scaled)) * weight).sum()
-        q = scaled.sub_(lse[:, None]).exp_()
-        x.copy_(q.sub_(p).mul_(weight[:, None] / t))
+        log_q = torch.log_softmax(x.float() if x.dtype != torch.float64 else x, 1)
+        total -= torch.linalg.vecdot((p * log_q).sum(1).to(weight.dtype), weight)
+        x.copy_(log_q.exp_().sub_(p).mul_(weight[:, None] / t))
     return total
 
 
 def _through_the_norm(dw_KE: Tensor, v_KE: Tensor, g_K1: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of (v, g) from that of w = g v/|v|: dg = u.dw, dv = g/|v| (dw - u (u.dw)), u = v/|v|. Overwrites `dw_KE`."""
-    norm = torch.linalg.vector_norm(v_KE, dim=1, keepdim=True)
-    along = torch.linalg.vecdot(dw_KE, v_KE)[:, None] / norm
-    dv = dw_KE.addcmul_(v_KE, along / -norm).mul_(g_K1 / norm)
-    return dv, along
+    dg_K1 = torch.empty_like(g_K1)
+    few = max(1, AT_ONCE // v_KE.shape[1])
+    for dw, v, g, dg in zip(*(x.split(few) for x in (dw_KE, v_KE, g_K1, dg_K1)), strict=True):
+        norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        torch.div((dw * v).sum(1, keepdim=True), norm, out=dg)
+        dw.addcmul_(v, dg / -norm).mul_(g / norm)
+    return dw_KE, dg_K1

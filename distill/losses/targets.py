@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from distill.cast_cache import AT_ONCE
 from distill.losses.assignments import TopK, dense
 from distill.losses.ranks import max_over_ranks, sum_over_ranks
-
-AT_ONCE = 2**20  # numbers of a slice of rows: 4 MiB in float32, which stays in the cache
 
 
 @runtime_checkable
@@ -55,7 +54,7 @@ class Soft:
         return len(self.logits)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        x = self.logits[start:stop].float() - self.centre
+        x = self.logits[start:stop] - self.centre  # float32, as the centre is
         return torch.softmax(x.div_(self.temperature), -1)
 
     def whole(self) -> Float[Tensor, "s k"]:
@@ -87,19 +86,20 @@ def sinkhorn_centre(parts: Sequence[Tensor], temperature: float, iterations: int
         parts: logits [S_i, K] of this rank's micro-batches; the samples of all parts and all ranks are centred jointly.
     """
     device, k = parts[0].device, parts[0].shape[1]
-    total_K = torch.full((k,), -torch.inf, device=device)
+    # The first totals are sums of exp(X/t), each column's relative to its largest so that none overflows or is lost.
+    tops = [x.amax(0).float() for x in parts if len(x)]
+    largest_K = max_over_ranks(torch.stack(tops).amax(0) if tops else torch.full((k,), -torch.inf, device=device))
+    largest_K = torch.where(largest_K.isneginf(), 0.0, largest_K)  # no sample at all
+    total_K = torch.zeros(k, device=device)
     for x_SK in _slices(parts):
-        total_K = torch.logaddexp(total_K, torch.logsumexp(x_SK.float() / temperature, 0))
-    largest_K = max_over_ranks(total_K.clone())
-    # A prototype without any sample (an empty batch) has no total: it keeps its place instead of becoming NaN.
-    safe_K = torch.where(largest_K.isneginf(), 0.0, largest_K)
-    total_K = safe_K + torch.log(sum_over_ranks(torch.exp(total_K - safe_K)))
-    centre_K = _levelled(torch.where(largest_K.isneginf(), 0.0, total_K), temperature)
+        total_K += (x_SK - largest_K).div_(temperature).exp_().sum(0)
+    nothing = sum_over_ranks(total_K) == 0
+    centre_K = _levelled(torch.where(nothing, 0.0, torch.log(total_K) + largest_K / temperature), temperature)
     tiny = torch.finfo(torch.float32).tiny
     for _ in range(iterations - 1):
         mass_K = torch.zeros(k, device=device)
         for x_SK in _slices(parts):
-            mass_K += torch.softmax((x_SK.float() - centre_K).div_(temperature), -1).sum(0)
+            mass_K += torch.softmax((x_SK - centre_K).div_(temperature), -1).sum(0)
         change_K = torch.log(sum_over_ranks(mass_K).clamp_min(tiny))
         centre_K = _levelled(centre_K / temperature + change_K, temperature)
     return centre_K

@@ -7,15 +7,19 @@ all of them meet the same machine. Where others load the machine too, CPU second
 a round says more than either time. The matrix-product peak is measured between the steps, per CPU second, hence per core.
 
 Memory is what the kernel's high-water mark says of the measured steps, above the process after its imports. `held` are the tensors alive
-between steps (weights, average, gradients, Adam, crops); the rest are activations, logits and scratch.
+between steps (weights, average, gradients, Adam, crops); the rest are activations, logits and scratch. Time in the kernel is mostly
+page faults: memory that was given back and is asked for again.
 """
 
 import argparse
+import atexit
 import gc
 import json
 import multiprocessing
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -29,11 +33,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from plain import SHAPES, Workload, build, plain_step
 
+from distill.data.loader import MasksConfig
 from distill.data.masks import batch_masks
 from distill.models.backbone import BackboneConfig, flops_per_image
 from distill.runtime import native_bf16
@@ -67,19 +74,21 @@ def ours(
     """
     from accelerate import Accelerator
 
+    from distill.data.crops import CropsConfig
     from distill.data.loader import Batch
-    from distill.models.backbone import Backbone
     from distill.models.headed import HeadedBackbone
     from distill.models.heads import DINOHead, HeadConfig
-    from distill.objectives import ObjectivesConfig, make_centrings, teacher_targets
-    from distill.optim import OptimConfig, Schedules
-    from distill.train import TrainConfig, student_step
+    from distill.models.backbone import Backbone
+    from distill.objectives import ObjectivesConfig
+    from distill.optim import OptimConfig
+    from distill.runtime import RuntimeConfig
+    from distill.step import Stepper
+    from distill.targets_cache import CacheConfig, TargetsCache
+    from distill.train import TrainConfig
     from distill.training_state import prepare_student
 
-    if checkpoint:
-        raise Unavailable("activation checkpointing is not there yet")
-    if cached:
-        raise Unavailable("cached targets are not there yet")
+    if cached and not work.teacher_arch:
+        raise Unavailable("a moving average as teacher has nothing to keep")
 
     def model(arch: str, state: dict[str, Tensor]) -> HeadedBackbone:
         head = HeadConfig(prototypes=work.prototypes, hidden=work.hidden, bottleneck=work.bottleneck)
@@ -103,22 +112,29 @@ def ours(
     )
     steps, mask_input = 10**6, not work.teacher_arch
     config = TrainConfig(
-        images=steps * work.batch, batch=work.batch, optim=optim, objectives=ObjectivesConfig(), mask_input=mask_input
+        images=steps * work.batch,
+        batch=work.batch,
+        crops=CropsConfig(global_size=work.global_size, local_size=work.local_size, local_count=work.locals),
+        masks=MasksConfig() if mask_input else None,
+        mask_input=mask_input,
+        objectives=ObjectivesConfig(teacher_temperature=(work.teacher_temperature,) * 2),
+        optim=optim,
+        precision=precision,
     )
     accelerator = Accelerator(mixed_precision="no", cpu=True)
-    student = prepare_student(model(work.arch, weights[0]), optim, config.objectives, mask_input, accelerator)
-    if compile:
-        student.wrapped = torch.compile(student.module)  # type: ignore[assignment]
-    guide = model(work.teacher_arch, weights[1]).requires_grad_(False).eval() if work.teacher_arch else student.average
-    centrings = make_centrings(config.objectives, guide)
-    schedules = Schedules(optim, work.batch, steps)
-    batch, masks = Batch(*crops), crops[2]
+    runtime = RuntimeConfig(recompute_blocks=checkpoint, compile=compile)
+    student = prepare_student(model(work.arch, weights[0]), optim, config.objectives, mask_input, accelerator, runtime)
+    teacher = model(work.teacher_arch, weights[1]) if work.teacher_arch else None
+    cache = None
+    if cached:
+        folder = Path(tempfile.mkdtemp(prefix="targets"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        cache = TargetsCache(folder, {"of": "benchmark"}, CacheConfig(replay=work.batch), work.batch)
+    stepper = Stepper(config, {"one": student}, teacher, steps, accelerator, runtime, cache=cache)
+    batch = Batch(*crops)
 
     def step() -> dict[str, float]:
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-        with autocast:
-            targets = teacher_targets(guide, centrings, batch.global_crops, masks, work.teacher_temperature)
-        return student_step(student, batch, masks, targets, config, schedules, 0, accelerator, autocast)[0]
+        return stepper.step(0, batch, watch=False)["one"].terms
 
     return step
 
@@ -265,12 +281,13 @@ def worker(pipe: Connection, name: str, work: Workload, threads: int) -> None:
     forget_peak()
     pipe.send({"idle": idle, "loss": sum(first.values())})
     while pipe.recv():
-        cpu, wall = time.process_time(), time.perf_counter()
+        cpu, wall, before = time.process_time(), time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
         step()
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        cpu, wall, after = time.process_time() - cpu, time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_SELF)
         peak = resident_mib("VmHWM")
-        whole_life = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        pipe.send({"cpu": cpu, "wall": wall, "peak": peak, "whole_life": whole_life, "held": held_mib()})
+        memory = {"peak": peak, "whole_life": after.ru_maxrss / 1024, "held": held_mib()}
+        kernel = {"system": after.ru_stime - before.ru_stime, "page_faults": after.ru_minflt - before.ru_minflt}
+        pipe.send({"cpu": cpu, "wall": wall, **kernel, **memory})
 
 
 @contextmanager
@@ -318,6 +335,7 @@ def measure(work: Workload, names: list[str], threads: int, rounds: int) -> tupl
         precision = VARIANTS[r["variant"]]["precision"]
         r["cpu_s_per_image"] = median(s["cpu"] for s in mine) / work.batch
         r["wall_s_per_image"] = median(s["wall"] for s in mine) / work.batch
+        r["system_s_per_image"] = median(s["system"] for s in mine) / work.batch
         r["cpu_ratio"] = median(b["cpu"] / s["cpu"] for b, s in zip(base, mine, strict=True))
         r["wall_ratio"] = median(b["wall"] / s["wall"] for b, s in zip(base, mine, strict=True))
         r["gflop_per_cpu_s"] = r["gflop"] / work.batch / r["cpu_s_per_image"]
@@ -333,28 +351,67 @@ def measure(work: Workload, names: list[str], threads: int, rounds: int) -> tupl
 def table(records: list[dict[str, Any]]) -> str:
     first = records[0]["variant"]
     lines = [
-        f"| variant | CPU s/image | wall s/image | × {first} | GFLOP/image | GFLOP/CPU s | share of peak | "
+        f"| variant | CPU s/image | in the kernel | wall s/image | × {first} | GFLOP/image | GFLOP/CPU s | share of peak | "
         "memory, MiB | above idle | held | activations, logits, scratch | loss |",
-        "|---|" + "---|" * 11,
+        "|---|" + "---|" * 12,
     ]
     for r in records:
         images = r["gflop"] / (r["gflop_per_cpu_s"] * r["cpu_s_per_image"])
         lines.append(
-            f"| {r['variant']} | {r['cpu_s_per_image']:.2f} | {r['wall_s_per_image']:.2f} | {r['cpu_ratio']:.2f} | "
+            f"| {r['variant']} | {r['cpu_s_per_image']:.2f} | {r['system_s_per_image']:.2f} | {r['wall_s_per_image']:.2f} | {r['cpu_ratio']:.2f} | "
             f"{r['gflop'] / images:.1f} | {r['gflop_per_cpu_s']:.1f} | {r['share_of_peak']:.0%} | {r['peak_mib']:.0f} | "
             f"{r['above_idle_mib']:.0f} | {r['held_mib']:.0f} | {r['activations_mib']:.0f} | {r['loss']:.4f} |"
         )
     return "\n".join(lines)
 
 
+class OperationClock(TorchDispatchMode):
+    """CPU seconds of every ATen operation, by name and shapes, forward and backward. (torch.profiler reads the wall clock, which on a
+    loaded machine tells of the others' work.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[tuple[str, str], list[float]] = {}  # seconds, calls, operations of matrix products
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.process_time()
+        out = func(*args, **(kwargs or {}))
+        seconds = time.process_time() - start
+        shapes = " ".join("x".join(map(str, a.shape)) or "scalar" for a in args if isinstance(a, Tensor))
+        entry = self.seconds.setdefault((func.overloadpacket.__name__, shapes), [0.0, 0, 0])
+        count = flop_registry.get(func.overloadpacket)
+        for i, value in enumerate((seconds, 1, count(*args, **(kwargs or {}), out_val=out) if count else 0)):
+            entry[i] += value
+        return out
+
+
 def profile(name: str, work: Workload, threads: int, rows: int) -> str:
-    """The operations of one step by their own time."""
+    """The operations of one step by their CPU time, first by name, then by name and shapes."""
     torch.set_num_threads(threads)
     step = variant(name, work)
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+    start = time.process_time()
+    step()
+    alone = time.process_time() - start
+    with OperationClock() as clock:
         step()
-    return seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=60)
+    by_name: dict[str, list[float]] = {}
+    for (op, _), entry in clock.seconds.items():
+        by_name[op] = [a + b for a, b in zip(by_name.get(op, [0.0, 0, 0]), entry, strict=True)]
+    total = sum(e[0] for e in by_name.values())
+
+    def lines(entries: dict[str, list[float]]) -> list[str]:
+        largest = sorted(entries.items(), key=lambda item: -item[1][0])[:rows]
+        return [
+            f"| {op} | {s * 1000:.0f} | {s / total:.1%} | {int(n)} | {f'{flops / s / 1e9:.0f}' if flops else ''} |"
+            for op, (s, n, flops) in largest
+        ]
+
+    head = ["", "| operation | CPU ms | share | calls | GFLOP/CPU s |", "|---|---|---|---|---|"]
+    about = f"{name}, batch {work.batch}: {alone:.2f} CPU s a step, of which operations account for about {total:.2f}"
+    by_shape = {f"{op} {shapes}": entry for (op, shapes), entry in clock.seconds.items()}
+    return "\n".join([about, *head, *lines(by_name), *head, *lines(by_shape)])
 
 
 def main() -> None:
