@@ -28,7 +28,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def ours(
     work: Workload,
     crops: Crops,
     weights: list[dict[str, Tensor]],
-    precision: str,
+    precision: Literal["fp32", "bf16"],
     compile: bool = False,
     checkpoint: bool = False,
     cached: bool = False,
@@ -76,9 +76,9 @@ def ours(
 
     from distill.data.crops import CropsConfig
     from distill.data.loader import Batch
+    from distill.models.backbone import Backbone
     from distill.models.headed import HeadedBackbone
     from distill.models.heads import DINOHead, HeadConfig
-    from distill.models.backbone import Backbone
     from distill.objectives import ObjectivesConfig
     from distill.optim import OptimConfig
     from distill.runtime import RuntimeConfig
@@ -356,12 +356,14 @@ def table(records: list[dict[str, Any]]) -> str:
         "|---|" + "---|" * 12,
     ]
     for r in records:
-        images = r["gflop"] / (r["gflop_per_cpu_s"] * r["cpu_s_per_image"])
-        lines.append(
-            f"| {r['variant']} | {r['cpu_s_per_image']:.2f} | {r['system_s_per_image']:.2f} | {r['wall_s_per_image']:.2f} | {r['cpu_ratio']:.2f} | "
-            f"{r['gflop'] / images:.1f} | {r['gflop_per_cpu_s']:.1f} | {r['share_of_peak']:.0%} | {r['peak_mib']:.0f} | "
-            f"{r['above_idle_mib']:.0f} | {r['held_mib']:.0f} | {r['activations_mib']:.0f} | {r['loss']:.4f} |"
-        )
+        seconds = [f"{r[name]:.2f}" for name in ("cpu_s_per_image", "system_s_per_image", "wall_s_per_image", "cpu_ratio")]
+        work = [
+            f"{r['gflop_per_cpu_s'] * r['cpu_s_per_image']:.1f}",
+            f"{r['gflop_per_cpu_s']:.1f}",
+            f"{r['share_of_peak']:.0%}",
+        ]
+        memory = [f"{r[name]:.0f}" for name in ("peak_mib", "above_idle_mib", "held_mib", "activations_mib")]
+        lines.append("| " + " | ".join([r["variant"], *seconds, *work, *memory, f"{r['loss']:.4f}"]) + " |")
     return "\n".join(lines)
 
 
