@@ -20,7 +20,12 @@ BATCH = 16
 CAPTIONS = "Captions"  # the PNG's text chunk with the rows' captions, for what cannot read them off the picture
 
 
-def pca_strip(images: Sequence[Image.Image], encoders: Mapping[str, Encoder], preprocess: Preprocess, side: int = 112) -> bytes:
+def pca_strip(
+    images: Sequence[Image.Image],
+    encoders: Mapping[str, Encoder],
+    preprocess: Preprocess | Mapping[str, Preprocess],
+    side: int = 112,
+) -> bytes:
     """A PNG: a row of the pictures as the network gets them, then one row an encoder, each with its caption.
 
     The components are of all patches of all pictures together, so a colour means the same in a whole row. Between encoders
@@ -28,18 +33,19 @@ def pca_strip(images: Sequence[Image.Image], encoders: Mapping[str, Encoder], pr
 
     Args:
         images: pictures of any size and mode.
-        encoders: caption -> encoder; all get the same preprocessed images.
-        preprocess: of the images.
+        encoders: caption -> encoder.
+        preprocess: of the images; one for all, or one an encoder (the pictures are shown as the last of them gets them).
         side: width and height of one picture in the strip, in pixels.
     """
     if not images:
         raise ValueError("pca_strip needs at least one picture")
-    shown = replace(preprocess, normalize="none")
+    own = preprocess if isinstance(preprocess, Mapping) else dict.fromkeys(encoders, preprocess)
+    shown = replace(list(own.values())[-1], normalize="none")
     pictures = [Image.fromarray((shown(i).transpose(1, 2, 0) * 255 + 0.5).astype(np.uint8)) for i in images]
     rows = {"pictures": [p.resize((side, side), Image.Resampling.BICUBIC) for p in pictures]}
-    inputs = torch.stack([torch.from_numpy(preprocess(i)) for i in images])
     first: np.ndarray | None = None
     for label, encoder in encoders.items():
+        inputs = torch.stack([torch.from_numpy(own[label](i)) for i in images])
         colours = pca_colours(torch.cat([encoder(x).patches for x in inputs.split(BATCH)]).numpy())
         if first is not None and first.shape == colours.shape:
             colours = like(colours, first)

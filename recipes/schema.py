@@ -7,11 +7,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from distill.config import Config
+from distill.data.loader import MasksConfig
 from distill.data.preprocess import Preprocess
 from distill.data.sources import SourceConfig
 from distill.evaluate.suite import EvaluateConfig
 from distill.models.backbone import BackboneConfig
+from distill.models.foreign import LoadConfig
 from distill.models.heads import HeadConfig
+from distill.models.kinds import AnyConfig, BackboneChoice
+from distill.objectives import ObjectivesConfig
 from distill.runtime import RuntimeConfig
 from distill.train import TrainConfig
 from export.benchmark import BenchmarkConfig
@@ -20,6 +24,7 @@ from export.report import ReportConfig
 from export.targets import ExportConfig, in_order
 
 Problem = tuple[str, str]
+Normalize = Literal["imagenet", "inception", "clip", "satellite", "per_image", "none"]
 
 
 class DataConfig(Config):
@@ -48,7 +53,7 @@ class InputConfig(Config):
     size: int = 224
     resize: int | None = None
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
-    normalize: Literal["imagenet", "per_image", "none"] = "imagenet"
+    normalize: Normalize = "imagenet"
 
     def preprocess(self) -> Preprocess:
         resize = self.resize or (self.size if self.size < 128 else round(self.size * 256 / 224))
@@ -64,29 +69,67 @@ class InputConfig(Config):
 
 
 class TeacherConfig(Config):
-    """The model that is trained first and then frozen.
+    """The model that is frozen and distilled: trained here (`train`), or brought along (`load`).
 
     Attributes:
-        backbone: by default ViT-g's shape.
+        backbone: of a teacher that is trained here; null: ViT-g's shape.
         dino_head, ibot_head: null for `ibot_head` shares DINO's.
         train: its pretraining.
+        high_res: a short training at the end of it at higher resolution (DINOv2: 518 px), with schedules of its own.
+        load: weights from elsewhere (distill/models/foreign.py).
+        fit_heads: for a loaded backbone without heads (all public ones): heads are trained on its frozen features, as in pretraining with
+            a backbone that does not move. Patches are not masked; each is assigned to the prototypes that the average of the heads gives
+            it, which is the clustering of CAPI (arXiv 2502.08769). Without it, use `distill.objectives.match`.
     """
 
-    backbone: BackboneConfig = BackboneConfig(arch="vit_giant")
+    backbone: BackboneChoice | None = None
     dino_head: HeadConfig = HeadConfig()
     ibot_head: HeadConfig | None = HeadConfig()
-    train: TrainConfig
+    train: TrainConfig | None = None
+    high_res: TrainConfig | None = None
+    load: LoadConfig | None = None
+    fit_heads: TrainConfig | None = None
+
+    def problems(self) -> list[str]:
+        found = []
+        if (self.train is None) == (self.load is None):
+            found.append("train or load: a teacher is either trained here or loaded; give one of them")
+        if self.high_res is not None and self.train is None:
+            found.append("high_res goes on with a teacher that was trained here: it needs train")
+        if self.load is not None and self.backbone is not None:
+            found.append("backbone is what the loaded file says: leave it out")
+        if self.fit_heads is not None:
+            if self.load is None:
+                found.append("fit_heads is for a loaded backbone: a teacher that is trained here learns its heads with it")
+            if self.fit_heads.masks is not None or self.fit_heads.mask_input:
+                found.append(
+                    "fit_heads must have masks: null and mask_input: false: a frozen backbone has never seen a mask token"
+                )
+            if self.fit_heads.objectives.needs_features() or not self.fit_heads.objectives.needs_heads():
+                found.append("fit_heads trains heads: its objectives are dino and ibot")
+        return found
+
+    def shape(self) -> AnyConfig | None:
+        """The backbone that is trained here; None where a file says what it is."""
+        return None if self.load is not None else self.backbone or BackboneConfig(arch="vit_giant")
+
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Its own trainings by setting, in their order."""
+        found = {"train": self.train, "high_res": self.high_res, "fit_heads": self.fit_heads}
+        return {name: training for name, training in found.items() if training is not None}
 
 
 class StudentConfig(Config):
     """A model that the teacher is distilled into.
 
     Attributes:
+        backbone: ours, or with `kind: timm` any Vision Transformer of timm by name. Its patch may differ from the teacher's, whose patch
+            features are then resampled to the student's grid.
         dino_head, ibot_head: null: as the teacher's. K must be the teacher's; bottleneck and hidden width may differ.
         control: also train the same model from scratch, on the same images seen and schedule: the yardstick of distillation.
     """
 
-    backbone: BackboneConfig
+    backbone: BackboneChoice
     dino_head: HeadConfig | None = None
     ibot_head: HeadConfig | None = None
     control: bool = False
@@ -119,9 +162,23 @@ class Recipe(Config):
         return list(self.export.resolutions or [self.input.size])
 
     def control_training(self) -> TrainConfig:
-        """How a control is trained: as distillation, but masked like the teacher's pretraining (it has no other patch target)."""
-        mine = self.teacher.train
-        return self.distill.model_copy(update={"masks": mine.masks, "mask_input": mine.mask_input})
+        """How a control is trained: as distillation, but masked like a pretraining (it has no other patch target), and on what a training
+        without a teacher has to go by.
+        """
+        mine = self.teacher.train or TrainConfig(images=2, batch=2, masks=MasksConfig(), mask_input=True)
+        asked = self.distill.objectives.model_copy(update={"match": None, "gram": None})
+        if not asked.needs_heads():
+            asked = asked.model_copy(update={"dino": 1.0, "ibot": 1.0, "koleo": 0.1})
+        changes = {"masks": mine.masks, "mask_input": mine.mask_input, "objectives": asked, "cache": None, "teacher_size": None}
+        return self.distill.model_copy(update=changes)
+
+    def fit_training(self) -> TrainConfig:
+        """How heads are fitted. KoLeo and the monitors of features are off: they judge what a frozen backbone cannot change."""
+        assert self.teacher.fit_heads is not None
+        training = self.teacher.fit_heads
+        objectives = training.objectives.model_copy(update={"koleo": 0.0})
+        monitors = training.monitors.model_copy(update={"effective_rank": 0.0, "nearest_distance": 0.0})
+        return training.model_copy(update={"objectives": objectives, "monitors": monitors})
 
     def problems(self) -> list[Problem]:
         return [*_own_problems(self, ""), *self._names(), *self._shapes(), *self._heads(), *self._objectives()]
@@ -145,23 +202,41 @@ class Recipe(Config):
             yield "export.resolutions", f"must contain input.size {self.input.size}: artifacts are compared with PyTorch there"
 
     def _shapes(self) -> Iterator[Problem]:
-        patch = self.teacher.backbone.patch
-        for name, student in self.students.items():
-            if student.backbone.patch != patch:
+        patches = {n: p for n, s in self.students.items() if (p := known_patch(s.backbone))}
+        yield from self._sizes(patches)
+        theirs = known_patch(self.teacher.shape())
+        others = [n for n, p in patches.items() if theirs and p != theirs]
+        if others and self.distill.masks is not None:
+            yield (
+                f"students.{others[0]}.backbone.patch",
+                f"is {patches[others[0]]}, the teacher's is {theirs}: masks are drawn on one grid, so distill.masks must be null",
+            )
+        if len(set(patches.values())) > 1 and (self.distill.masks is not None or self.distill.cache is not None):
+            yield (
+                "distill.masks" if self.distill.masks is not None else "distill.cache",
+                f"must be null: the students' patches differ ({sorted(set(patches.values()))}), and it holds one grid",
+            )
+
+    def _sizes(self, patches: dict[str, int]) -> Iterator[Problem]:
+        """Every size in pixels is a multiple of the patch that it meets."""
+        mine = known_patch(self.teacher.shape())
+        met: list[tuple[str, int, int | None]] = []
+        for patch in set(patches.values()):
+            met += [
+                ("input.size", self.input.size, patch),
+                *(("export.resolutions", r, patch) for r in self.export.resolutions or []),
+            ]
+            met += _crop_sizes("distill", self.distill, patch)
+        for name in ("train", "high_res"):
+            if name in self.teacher.trainings():
+                met += _crop_sizes(f"teacher.{name}", self.teacher.trainings()[name], mine)
+        met.append(("distill.teacher_size", self.distill.teacher_size or self.distill.crops.global_size, mine))
+        for path, size, patch in met:
+            if patch and (size % patch or size < patch):
                 yield (
-                    f"students.{name}.backbone.patch",
-                    f"is {student.backbone.patch}, the teacher's is {patch}: iBOT compares patch by patch",
+                    path,
+                    f"{size} px is not a multiple of the patch of {patch} px; the nearest is {max(patch, round(size / patch) * patch)}",
                 )
-        if patch < 1:
-            return
-        sizes = [("input.size", self.input.size), *(("export.resolutions", r) for r in self.export.resolutions or [])]
-        for section, training in (("teacher.train", self.teacher.train), ("distill", self.distill)):
-            sizes.append((f"{section}.crops.global_size", training.crops.global_size))
-            sizes += [(f"{section}.crops.local_size", training.crops.local_size)] if training.crops.local_count else []
-        for path, size in sizes:
-            if size % patch or size < patch:
-                nearest = max(patch, round(size / patch) * patch)
-                yield path, f"{size} px is not a multiple of the patch of {patch} px; the nearest is {nearest}"
 
     def _heads(self) -> Iterator[Problem]:
         for name, student in self.students.items():
@@ -181,6 +256,7 @@ class Recipe(Config):
                     )
 
     def _objectives(self) -> Iterator[Problem]:
+        asked, training = self.distill.objectives, self.teacher.train
         if self.distill.mask_input:
             yield "distill.mask_input", "must be false: distillation shows the student whole crops (DINOv2, section 5)"
         for name, student in self.students.items():
@@ -189,7 +265,23 @@ class Recipe(Config):
                     f"students.{name}.backbone.drop_path",
                     "must be 0: distillation removes stochastic depth (DINOv2, section 5)",
                 )
-        if self.teacher.train.objectives.ibot and not self.teacher.train.mask_input:
+        for name, one in self.teacher.trainings().items():
+            if one.objectives.match is not None:
+                yield (
+                    f"teacher.{name}.objectives.match",
+                    "must be null: there is no other model whose features could be matched",
+                )
+            if one.cache is not None:
+                yield (
+                    f"teacher.{name}.cache",
+                    "must be null: targets of a teacher that is still learning are never the same twice",
+                )
+        if self.teacher.load is not None:
+            yield from self._loaded(asked)
+        controlled = [name for name, student in self.students.items() if student.control]
+        if training is None:
+            return
+        if training.objectives.ibot and not training.mask_input:
             yield (
                 "teacher.train.mask_input",
                 "must be true while objectives.ibot is above 0: without masks the student only copies its own average",
@@ -198,23 +290,51 @@ class Recipe(Config):
             ("ibot", self.teacher.ibot_head),
             ("dino", self.teacher.dino_head if self.teacher.ibot_head else None),
         ):
-            trains, teaches = (getattr(o, kind) for o in (self.teacher.train.objectives, self.distill.objectives))
+            trains, teaches = (getattr(o, kind) for o in (training.objectives, asked))
             if head is not None and teaches and not trains:
                 yield (
                     f"distill.objectives.{kind}",
                     f"must be 0 while teacher.train.objectives.{kind} is: that head was never trained",
                 )
-        masks = self.teacher.train.masks
-        if self.teacher.train.objectives.ibot and masks is not None:
-            patches = (self.teacher.train.crops.global_size // max(self.teacher.backbone.patch, 1)) ** 2
-            if int(2 * self.teacher.train.batch * masks.probability) < 1 or int(patches * masks.ratio[1]) < 1:
+        patch = known_patch(self.teacher.shape())
+        if training.objectives.ibot and training.masks is not None and patch:
+            patches = (training.crops.global_size // patch) ** 2
+            if int(2 * training.batch * training.masks.probability) < 1 or int(patches * training.masks.ratio[1]) < 1:
                 yield "teacher.train.masks", f"mask nothing of {patches} patches, but objectives.ibot is above 0"
-        controlled = [name for name, student in self.students.items() if student.control]
-        if controlled and self.distill.objectives.ibot and not self.control_training().mask_input:
+        if controlled and self.control_training().objectives.ibot and not self.control_training().mask_input:
             yield (
                 f"students.{controlled[0]}.control",
                 "needs teacher.train.masks and mask_input while distill.objectives.ibot is above 0: the control is masked like the teacher",
             )
+
+    def _loaded(self, asked: ObjectivesConfig) -> Iterator[Problem]:
+        """What a teacher from elsewhere asks for."""
+        load, fit = self.teacher.load, self.teacher.fit_heads
+        assert load is not None
+        if load.kind in ("timm", "transformers") and load.heads is None and fit is None and asked.needs_heads():
+            yield (
+                "teacher.load",
+                f"{load.kind} models come without heads, which objectives dino and ibot need: either set distill.objectives to "
+                "{dino: 0, ibot: 0, match: {}} (feature matching), or give teacher.fit_heads a training",
+            )
+        if fit is not None:
+            for kind in ("dino", "ibot"):
+                shared = kind == "ibot" and self.teacher.ibot_head is None
+                if getattr(asked, kind) and not getattr(fit.objectives, kind) and not shared:
+                    yield (
+                        f"distill.objectives.{kind}",
+                        f"must be 0 while teacher.fit_heads.objectives.{kind} is: that head is not fitted",
+                    )
+
+
+def known_patch(backbone: AnyConfig | None) -> int | None:
+    """The patch in pixels that a config states; None where only the network itself knows."""
+    return None if backbone is None else backbone.patch
+
+
+def _crop_sizes(section: str, training: TrainConfig, patch: int | None) -> list[tuple[str, int, int | None]]:
+    found = [(f"{section}.crops.global_size", training.crops.global_size, patch)]
+    return found + ([(f"{section}.crops.local_size", training.crops.local_size, patch)] if training.crops.local_count else [])
 
 
 def _own_problems(value: Any, path: str) -> Iterator[Problem]:

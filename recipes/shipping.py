@@ -14,8 +14,8 @@ from distill.data.preprocess import Preprocess
 from distill.encoder import Encoder, RawPixels, TorchEncoder
 from distill.errors import GateFailed
 from distill.files import sha256_file, write_json
-from distill.models.backbone import Backbone
-from distill.models.checkpoints import load_backbone, load_preprocess
+from distill.models.checkpoints import load_backbone, load_preprocess, model_info
+from distill.models.kinds import make_backbone, read_config
 from distill.progress import Progress
 from distill.rows import Row, not_measured, read_rows, write_rows
 from recipes.data import Data
@@ -112,7 +112,7 @@ def evaluate(r: Recipe, data: Data, run: Path) -> Work:
         from distill.evaluate.suite import evaluate as judge
         from export.artifact import Unrunnable
 
-        subjects = [*_yardsticks(r), *_models(r, run), *_artifacts(r, run)]
+        subjects = [*_yardsticks(r, run), *_models(r, run), *_artifacts(r, run)]
         if data.test is None:
             reason = "The recipe names no test set (data.test)."
             rows = [not_measured(m, s.subject, s.target, reason) for s in subjects for m in ("knn_top1", "linear_top1")]
@@ -124,7 +124,7 @@ def evaluate(r: Recipe, data: Data, run: Path) -> Work:
     return work
 
 
-def _yardsticks(r: Recipe) -> list[Any]:
+def _yardsticks(r: Recipe, run: Path) -> list[Any]:
     from distill.evaluate.suite import Subject
 
     preprocess = r.input.preprocess()
@@ -133,17 +133,18 @@ def _yardsticks(r: Recipe) -> list[Any]:
         Subject("raw", "pixels", RawPixels, plain, None),
         Subject("raw", "pixels-joint", partial(RawPixels, True), plain, None),
     ]
-    for name, backbone, seed in [
-        ("teacher", r.teacher.backbone, r.seed * 1000),
-        *((n, s.backbone, student_seed(r, n)) for n, s in r.students.items()),
+    teacher = read_config(model_info(run / "teacher")["backbone"])
+    for name, backbone, seed, seen in [
+        ("teacher", teacher, r.seed * 1000, load_preprocess(run / "teacher")),
+        *((n, s.backbone, student_seed(r, n), preprocess) for n, s in r.students.items()),
     ]:
 
         def open_random(backbone: Any = backbone, seed: int = seed) -> Encoder:
             torch.manual_seed(seed)
-            return TorchEncoder(Backbone(backbone))
+            return TorchEncoder(make_backbone(backbone))
 
         key = f"random-{backbone.model_dump_json()}-{seed}-{torch.__version__}"
-        found.append(Subject(f"random/{name}", "torch-fp32", open_random, preprocess, key))
+        found.append(Subject(f"random/{name}", "torch-fp32", open_random, seen, key))
     return found
 
 
@@ -211,7 +212,7 @@ def benchmark(r: Recipe, run: Path) -> Work:
                 Case(
                     subject,
                     "torch-fp32",
-                    r.input.size,
+                    load_preprocess(model).size,
                     partial(torch_encoder, model),
                     (model / "backbone.safetensors").stat().st_size,
                     preprocess=load_preprocess(model),
@@ -246,7 +247,7 @@ def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
         models = {"teacher": run / "teacher"} | {f"students/{n}": run / "students" / n for n in r.students}
         encoders = {name: torch_encoder(path) for name, path in models.items()}
         pictures = data.pictures("test", STRIP_IMAGES)
-        strip = pca_strip(pictures, encoders, r.input.preprocess())
+        strip = pca_strip(pictures, encoders, {name: load_preprocess(path) for name, path in models.items()})
         controls = [f"control/{n}" for n, s in r.students.items() if s.control]
         write_report(run, folder, rows, r.report, strip=strip, models=[*models, *controls], stages=stages)
 

@@ -4,7 +4,8 @@ and `shipping.py`."""
 from functools import partial
 from pathlib import Path
 
-from distill.files import sha256_json
+from distill.files import sha256_file, sha256_json
+from distill.models.foreign import LoadConfig
 from export.targets import in_order, prerequisites
 from recipes import shipping, work
 from recipes.data import Data
@@ -18,25 +19,19 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
     r = recipe
     settings = {"seed": r.seed, "normalize": r.input.normalize}
     train = {"train": data.fingerprint("train")}
-    stages = [
-        Stage(
-            name="pretrain",
-            folder=Path("teacher"),
-            config=settings | {"teacher": r.teacher.model_dump(), "input": r.input.model_dump()},
-            data=train,
-            work=work.pretrain(r, data),
-            together=True,
-        ),
+    stages = _teacher(r, data, run, settings, train)
+    teacher = stages[-1].name
+    stages.append(
         Stage(
             name="distill",
             folder=Path("students"),
             config=settings | {"students": _students(r), "distill": r.distill.model_dump(), "input": r.input.model_dump()},
-            inputs=("pretrain",),
+            inputs=(teacher,),
             data=train,
             work=work.distill(r, data, run),
             together=True,
-        ),
-    ]
+        )
+    )
     for name, student in r.students.items():
         if student.control:
             stages.append(
@@ -98,13 +93,56 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             name="bundle",
             folder=Path("bundles"),
             config={"bundle": r.bundle.model_dump()},
-            inputs=("pretrain", "distill", "report", *(s.name for s in exports)),
+            inputs=(teacher, "distill", "report", *(s.name for s in exports)),
             data=data.fingerprints("test", "train"),
             work=shipping.bundles(r, data, run),
             needs_gates=True,
         )
     )
     return stages
+
+
+def _teacher(r: Recipe, data: Data, run: Path, settings: dict, train: dict) -> list[Stage]:
+    """How the teacher comes to be: trained here, and again at high resolution if asked, or loaded, and given heads if it has none. The last
+    of these stages writes `teacher/`.
+    """
+    t, last = r.teacher, Path("teacher")
+    own = settings | {"input": r.input.model_dump()}
+    whole = t.model_dump(exclude={"high_res", "fit_heads"})
+    if t.load is not None:
+        first = last if t.fit_heads is None else Path("loaded")
+        sizes = {"size": r.distill.teacher_size or r.input.size, "input": r.input.model_dump()}
+        stages = [
+            Stage(
+                name="load", folder=first, config=sizes | {"load": t.load.model_dump()}, data=_files(t.load), work=work.load(r)
+            )
+        ]
+    else:
+        first = last if t.high_res is None else Path("pretrained")
+        doing = work.pretrain(r, data)
+        stages = [Stage(name="pretrain", folder=first, config=own | {"teacher": whole}, data=train, work=doing, together=True)]
+    if t.high_res is not None:
+        config, doing = own | {"train": t.high_res.model_dump()}, work.high_res(r, data, run, first)
+        stages.append(Stage("high_res", last, config, inputs=("pretrain",), data=train, work=doing, together=True))
+    if t.fit_heads is not None:
+        heads = {"dino_head": t.dino_head.model_dump(), "ibot_head": t.ibot_head and t.ibot_head.model_dump()}
+        config, doing = settings | heads | {"train": r.fit_training().model_dump()}, work.fit_heads(r, data, run, first)
+        stages.append(Stage("fit_heads", last, config, inputs=("load",), data=train, work=doing, together=True))
+    return stages
+
+
+def _files(load: LoadConfig) -> dict[str, str]:
+    """What a loaded teacher's files are: their hashes, where they are there."""
+    paths = [Path(p).expanduser() for p in (load.path, load.heads) if p is not None]
+    return {str(p): _hash(p) for p in paths if p.exists()}
+
+
+def _hash(path: Path) -> str:
+    """Of a file, or of a folder's weights and configs."""
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".json") and f.is_file())
+    return sha256_json({str(f.relative_to(path)): sha256_file(f) for f in files})
 
 
 def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:

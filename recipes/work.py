@@ -4,21 +4,29 @@ Every function here returns `work(folder, progress)`; nothing is computed before
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from distill.data.preprocess import Preprocess
 from distill.encoder import TorchEncoder
 from distill.errors import UserError
+from distill.files import sha256_file
 from distill.memory import refuse_if_too_large, training_bytes
-from distill.models.backbone import Backbone
-from distill.models.checkpoints import load_backbone, load_heads, save_model
+from distill.models.backbone import BackboneConfig
+from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, save_model
+from distill.models.foreign import load_teacher
 from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
+from distill.models.kinds import AnyConfig, make_backbone
+from distill.models.match_head import MatchHead
+from distill.objectives import ObjectivesConfig
 from distill.progress import Progress
+from distill.targets_cache import TargetsCache
 from distill.train import TrainConfig, train
 from recipes.data import Data
 from recipes.schema import Recipe
@@ -26,21 +34,37 @@ from recipes.schema import Recipe
 Work = Callable[[Path, Progress], None]
 
 
-def fresh_model(backbone: Any, dino: HeadConfig, ibot: HeadConfig | None, seed: int) -> HeadedBackbone:
-    """A model with the initial weights that belong to a seed."""
+def fresh_model(
+    backbone: AnyConfig, dino: HeadConfig, ibot: HeadConfig | None, seed: int, asked: ObjectivesConfig, teacher_dim: int = 0
+) -> HeadedBackbone:
+    """A model with the initial weights that belong to a seed, and the heads that the objectives need."""
     torch.manual_seed(seed)
-    made = Backbone(backbone)
-    return HeadedBackbone(made, DINOHead(made.dim, dino), None if ibot is None else DINOHead(made.dim, ibot))
+    made = make_backbone(backbone)
+    heads = DINOHead(made.dim, dino), None if ibot is None else DINOHead(made.dim, ibot)
+    match = None
+    if asked.match is not None:
+        parts = {"cls": asked.match.cls > 0, "patches": asked.match.patches > 0}
+        match = MatchHead(made.dim, teacher_dim, asked.match.hidden, **parts)
+    shared = asked.ibot and ibot is None
+    return HeadedBackbone(made, heads[0] if asked.dino or shared else None, heads[1] if asked.ibot else None, match)
 
 
-def load_headed(folder: Path) -> HeadedBackbone:
+def load_teacher_model(folder: Path, asked: ObjectivesConfig) -> HeadedBackbone:
+    """A trained model with the heads that the objectives need.
+
+    Raises:
+        UserError: it has none.
+    """
     backbone = load_backbone(folder)
-    heads = load_heads(folder, backbone.dim)
-    if "dino" not in heads:
-        raise UserError(
-            f"{folder} holds a backbone without heads: it cannot teach by DINO and iBOT. Train it with `decant run`."
-        )
-    return HeadedBackbone(backbone, heads["dino"], heads.get("ibot"))
+    heads = load_heads(folder, backbone.dim) if asked.needs_heads() else {}
+    model = HeadedBackbone(backbone, heads.get("dino"), heads.get("ibot"))
+    for kind, head in (("dino", model.dino), ("ibot", model.patch_head)):
+        if getattr(asked, kind) and head is None:
+            raise UserError(
+                f"{folder} holds a backbone without a head for {kind}. Fit heads first (teacher.fit_heads), or match features instead "
+                "(distill.objectives: {dino: 0, ibot: 0, match: {}})."
+            )
+    return model
 
 
 def student_seed(r: Recipe, name: str) -> int:
@@ -48,8 +72,8 @@ def student_seed(r: Recipe, name: str) -> int:
     return r.seed * 1000 + 1 + zlib.crc32(name.encode()) % 999
 
 
-def fresh_student(r: Recipe, name: str) -> HeadedBackbone:
-    return fresh_model(r.students[name].backbone, *r.heads_of(name), student_seed(r, name))
+def fresh_student(r: Recipe, name: str, asked: ObjectivesConfig, teacher_dim: int = 0) -> HeadedBackbone:
+    return fresh_model(r.students[name].backbone, *r.heads_of(name), student_seed(r, name), asked, teacher_dim)
 
 
 def finished(models: list[Path], stage: Path) -> bool:
@@ -60,7 +84,14 @@ def finished(models: list[Path], stage: Path) -> bool:
     return True
 
 
-def save_trained(r: Recipe, models: dict[Path, HeadedBackbone], training: TrainConfig, kind: str, stage: Path) -> None:
+def save_trained(
+    r: Recipe,
+    models: dict[Path, HeadedBackbone],
+    training: TrainConfig,
+    kind: str,
+    stage: Path,
+    preprocess: Preprocess | None = None,
+) -> None:
     """Write the trained models and drop the stage's checkpoint; of several processes, the first one does."""
     from accelerate import PartialState
 
@@ -73,7 +104,7 @@ def save_trained(r: Recipe, models: dict[Path, HeadedBackbone], training: TrainC
     }
     if PartialState().is_main_process:
         for folder, model in models.items():
-            save_model(folder, model.backbone, r.input.preprocess(), model.heads(), lineage)
+            save_model(folder, model.backbone, preprocess or r.input.preprocess(), model.heads(), lineage)
         (stage / "checkpoint.safetensors").unlink(missing_ok=True)
     PartialState().wait_for_everyone()
 
@@ -82,10 +113,70 @@ def pretrain(r: Recipe, data: Data) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         if finished([folder], folder):
             return
-        model = fresh_model(r.teacher.backbone, r.teacher.dino_head, r.teacher.ibot_head, r.seed * 1000)
-        name = "teacher"
-        trained = run_training(r, data, r.teacher.train, {name: model}, None, folder, progress, "pretrain")[name]
-        save_trained(r, {folder: trained}, r.teacher.train, "pretrain", folder)
+        training, shape = r.teacher.train, r.teacher.shape()
+        assert training is not None
+        assert shape is not None
+        model = fresh_model(shape, r.teacher.dino_head, r.teacher.ibot_head, r.seed * 1000, training.objectives)
+        trained = run_training(r, data, training, {"teacher": model}, folder, progress, "pretrain", {"teacher": "teacher"})
+        save_trained(r, {folder: trained["teacher"]}, training, "pretrain", folder)
+
+    return work
+
+
+def high_res(r: Recipe, data: Data, run: Path, before: Path) -> Work:
+    """Go on with the averaged model of the pretraining at higher resolution; student and average both start from it."""
+
+    def work(folder: Path, progress: Progress) -> None:
+        if finished([folder], folder):
+            return
+        training = r.teacher.high_res
+        assert training is not None
+        model = load_teacher_model(run / before, training.objectives)
+        trained = run_training(r, data, training, {"teacher": model}, folder, progress, "high_res", {"teacher": "teacher"})
+        save_trained(r, {folder: trained["teacher"]}, training, "high_res", folder)
+
+    return work
+
+
+def load(r: Recipe) -> Work:
+    """A teacher from elsewhere, converted into a model folder."""
+
+    def work(folder: Path, progress: Progress) -> None:
+        assert r.teacher.load is not None
+        loaded = load_teacher(r.teacher.load)
+        size = r.distill.teacher_size or r.input.size
+        resize = round(r.input.preprocess().resize * size / r.input.size)
+        preprocess = replace(loaded.preprocess, size=size, resize=max(size, resize))
+        save_model(folder, loaded.backbone, preprocess, loaded.heads, loaded.lineage)
+        progress.say(f"load: {loaded.lineage.get('model') or r.teacher.load.kind} with {_listed(loaded.heads) or 'no'} heads")
+
+    return work
+
+
+def fit_heads(r: Recipe, data: Data, run: Path, before: Path) -> Work:
+    def work(folder: Path, progress: Progress) -> None:
+        if finished([folder], folder):
+            return
+        training = r.fit_training()
+        torch.manual_seed(r.seed * 1000 + 500)
+        backbone = load_backbone(run / before).requires_grad_(False)
+        ibot = r.teacher.ibot_head
+        asked = training.objectives
+        dino = DINOHead(backbone.dim, r.teacher.dino_head) if asked.dino or ibot is None else None
+        model = HeadedBackbone(backbone, dino, DINOHead(backbone.dim, ibot) if asked.ibot and ibot is not None else None)
+        preprocess = load_preprocess(run / before)
+        trained = run_training(
+            r,
+            data,
+            training,
+            {"teacher": model},
+            folder,
+            progress,
+            "fit_heads",
+            {"teacher": "teacher"},
+            normalize=preprocess.normalize,
+        )
+        save_trained(r, {folder: trained["teacher"]}, training, "fit_heads", folder, preprocess)
 
     return work
 
@@ -94,20 +185,54 @@ def distill(r: Recipe, data: Data, run: Path) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         if finished([folder / name for name in r.students], folder):
             return
-        teacher = load_headed(run / "teacher")
-        students = {name: fresh_student(r, name) for name in r.students}
-        trained = run_training(r, data, r.distill, students, teacher, folder, progress, "distill")
+        asked = r.distill.objectives
+        teacher = load_teacher_model(run / "teacher", asked)
+        students = {name: fresh_student(r, name, asked, teacher.backbone.dim) for name in r.students}
+        subjects = {name: f"students/{name}" for name in students}
+        trained = run_training(
+            r, data, r.distill, students, folder, progress, "distill", subjects, teacher, load_preprocess(run / "teacher").normalize,
+            cache=targets_cache(r, data, run) if r.distill.cache is not None else None,
+        )  # fmt: skip
         save_trained(r, {folder / name: model for name, model in trained.items()}, r.distill, "distill", folder)
 
     return work
+
+
+def targets_cache(r: Recipe, data: Data, run: Path) -> TargetsCache:
+    """The cache of this recipe's teacher targets, in a folder beside those of the stages: it outlives changes of the students."""
+    from accelerate import PartialState
+
+    training, state = r.distill, PartialState()
+    assert training.cache is not None
+    asked, teacher = training.objectives, run / "teacher"
+    identity: dict[str, Any] = {
+        "teacher": {f: sha256_file(teacher / f) for f in ("backbone.safetensors", "heads.safetensors")},
+        "source": data.fingerprint("train"),
+        "crops": training.crops.model_dump(),
+        "masks": training.masks and training.masks.model_dump(),
+        "patch": make_backbone(next(iter(r.students.values())).backbone).patch,
+        "seed": r.seed,
+        "normalize": {"student": r.input.normalize, "teacher": load_preprocess(teacher).normalize},
+        "teacher_size": training.teacher_size,
+        "precision": training.precision,
+        "objectives": {"dino": bool(asked.dino), "ibot": bool(asked.ibot)},
+    }
+    if training.cache.dino_k or training.cache.ibot_k:  # assignments are kept as they were made
+        identity |= {
+            "temperature": [*asked.teacher_temperature, asked.temperature_warmup],
+            "steps": training.steps(),
+            "centring": asked.centring,
+        }
+    return TargetsCache(run / "targets", identity, training.cache, training.batch, (state.process_index, state.num_processes))
 
 
 def control(r: Recipe, data: Data, name: str) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         if finished([folder], folder):
             return
-        training = r.control_training()
-        trained = run_training(r, data, training, {name: fresh_student(r, name)}, None, folder, progress, f"control/{name}")
+        training, subject = r.control_training(), f"control/{name}"
+        models = {name: fresh_student(r, name, training.objectives)}
+        trained = run_training(r, data, training, models, folder, progress, subject, {name: subject})
         save_trained(r, {folder: trained[name]}, training, "control", folder)
 
     return work
@@ -118,41 +243,66 @@ def run_training(
     data: Data,
     training: TrainConfig,
     students: dict[str, HeadedBackbone],
-    teacher: HeadedBackbone | None,
     folder: Path,
     progress: Progress,
     title: str,
+    subjects: dict[str, str],
+    teacher: HeadedBackbone | None = None,
+    teacher_normalize: str | None = None,
+    normalize: str | None = None,
+    cache: TargetsCache | None = None,
 ) -> dict[str, HeadedBackbone]:
+    """`train` with what a recipe says, after a look at data and memory.
+
+    Args:
+        normalize: of the students' crops, where it is not the recipe's.
+    """
     from accelerate import PartialState
 
     from distill.data.sources import ImageSource, skipped_summary
 
     if isinstance(data.train, ImageSource):
         data.train.probe()  # hopeless data is a sentence now; in a loader's worker it would be a traceback
-    heads = [_head_configs(s) for s in students.values()]
-    frozen = None if teacher is None else (teacher.backbone.config, _head_configs(teacher))
-    configs = [s.backbone.config for s in students.values()]
-    refuse_if_too_large(training_bytes(training, frozen, configs, heads, PartialState().num_processes), title)
+    models = [*students.values(), *([teacher] if teacher is not None else [])]
+    if all(isinstance(m.backbone.config, BackboneConfig) and m.dino is not None for m in models):
+        heads = [_head_configs(s) for s in students.values()]
+        frozen: Any = None if teacher is None else (teacher.backbone.config, _head_configs(teacher))
+        configs: Any = [s.backbone.config for s in students.values()]
+        refuse_if_too_large(training_bytes(training, frozen, configs, heads, PartialState().num_processes), title)
     trained = train(
         training,
         students,
         teacher,
         data.train,
-        r.input.normalize,
+        normalize or r.input.normalize,
         folder,
         r.seed,
         r.runtime,
         progress,
         title,
-        knn_probe(r, data) if training.probe_every else None,
+        probe=knn_probe(r, data) if training.probe_every and not next(iter(students.values())).backbone_frozen else None,
+        teacher_normalize=teacher_normalize,
+        cache=cache,
+        subjects=subjects,
     )
     if said := skipped_summary(data.train):
         progress.say(f"{title}: {said}", warning=True)
+    if cache is not None:
+        about = cache.statistics()
+        progress.say(
+            f"{title}: teacher targets in {cache.folder}: {about['bytes'] / 1e6:.1f} MB, {about['hits']:.0f} steps read, "
+            f"{about['misses']:.0f} made"
+        )
     return trained
 
 
 def _head_configs(model: HeadedBackbone) -> tuple[HeadConfig, HeadConfig | None]:
+    assert model.dino is not None
     return model.dino.config, None if model.ibot is None else model.ibot.config
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(sorted(names))
 
 
 def knn_probe(r: Recipe, data: Data) -> Callable[[nn.Module], dict[str, float]]:

@@ -48,7 +48,7 @@ class GramConfig(Config):
         for name in ("start", "snapshot", "refresh"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name} is a share of the run between 0 and 1, got {getattr(self, name)}")
-        if self.snapshot > self.start and "snapshot" in self.model_fields_set:
+        if self.snapshot > self.start and self.snapshot != GramConfig.model_fields["snapshot"].default:
             found.append(f"snapshot {self.snapshot} must not be after start {self.start}: there would be no anchor yet")
         if self.refreshes < 0:
             found.append(f"refreshes must be at least 0, got {self.refreshes}")

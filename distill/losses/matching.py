@@ -52,7 +52,7 @@ class MatchConfig(Config):
             found.append("cls and patches are weights of at least 0, and one of them above 0: otherwise leave matching out")
         if not 0 <= self.cosine_share <= 1:
             found.append(f"cosine_share is a share between 0 and 1, got {self.cosine_share}")
-        if self.kind != "both" and "cosine_share" in self.model_fields_set:
+        if self.kind != "both" and self.cosine_share != MatchConfig.model_fields["cosine_share"].default:
             found.append(f"cosine_share belongs to kind: both, and kind is {self.kind}: drop one of them")
         if self.hidden < 0:
             found.append(f"hidden must be at least 0 (0 is one linear layer), got {self.hidden}")
@@ -60,7 +60,7 @@ class MatchConfig(Config):
             found.append(
                 f"standardize_steps must be at least 1, got {self.standardize_steps}: there is nothing to standardise with"
             )
-        if not self.standardize and "standardize_steps" in self.model_fields_set:
+        if not self.standardize and self.standardize_steps != MatchConfig.model_fields["standardize_steps"].default:
             found.append("standardize_steps belongs to standardize: true, and standardize is false: drop one of them")
         return found
 
