@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import Config
-from distill.sharding import whole
 from distill.schedules import Cosine, Linear, is_decayed, layer_multiplier
+from distill.sharding import whole
 
 
 class OptimConfig(Config):

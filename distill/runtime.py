@@ -61,7 +61,7 @@ class TrainLog:
     """train.jsonl: one JSON object a logged step; resuming drops the lines of steps that will be done again.
 
     Attributes:
-        seconds: what training took before it was resumed.
+        seconds, cpu_seconds: what training took before it was resumed; CPU time is this process's, without the loader's workers.
     """
 
     def __init__(self, path: Path, start: int):
@@ -69,6 +69,7 @@ class TrainLog:
         write_text(path, "".join(line + "\n" for line in kept))
         self.path = path
         self.seconds = max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
+        self.cpu_seconds = max((json.loads(line).get("cpu_seconds", 0.0) for line in kept), default=0.0)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line; a value that is not finite becomes null."""

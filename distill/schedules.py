@@ -49,10 +49,11 @@ def layer_multiplier(name: str, blocks: int, decay: float, patch_embed: float) -
     """Learning-rate multiplier of a backbone parameter: decay^(blocks + 1 - layer), the embedding being layer 0, block i layer i + 1,
     the final norm layer blocks + 1; the patch embedding is multiplied by `patch_embed` on top (DINOv2).
     """
+    name = name.removeprefix("net.")  # a timm network inside its wrapper
     first = name.split(".")[0]
     if first == "blocks":
         layer = int(name.split(".")[1]) + 1
-    elif first in ("cls_token", "pos_embed", "mask_token", "register_tokens", "patch_embed"):
+    elif first in ("cls_token", "pos_embed", "mask_token", "register_tokens", "reg_token", "patch_embed", "norm_pre"):
         layer = 0
     else:
         layer = blocks + 1

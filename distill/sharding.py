@@ -67,11 +67,12 @@ def read_like(file: Any, key: str, like: Tensor) -> Tensor:
         return file.get_tensor(key).to(_device(like), like.dtype)
     from torch.distributed.tensor import DTensor
 
-    mesh: Any = like.device_mesh
+    sharded: Any = like
+    mesh = sharded.device_mesh
     first, last = rows_of(like.shape[0], mesh.get_local_rank(), mesh.size())
     empty = torch.empty(0, *like.shape[1:], dtype=like.dtype)
     mine = (found[first:last] if last > first else empty).to(mesh.device_type, like.dtype)
-    return DTensor.from_local(mine, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(mine, mesh, sharded.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def _device(like: Tensor) -> torch.device:

@@ -165,9 +165,10 @@ def train(
         seed,
         (accelerator.process_index, world),
         teacher_normalize=teacher_normalize,
+        device=device,
         replay=None if config.cache is None or config.cache.replay is None else -(-config.cache.replay // config.batch),
     )
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     told: dict[str, Told] = {}
     with (
         cpu_threads(runtime.threads),
@@ -185,6 +186,7 @@ def train(
                     shared |= {
                         "teacher_temperature": loop.temperature(step),
                         "seconds": round(logs[name].seconds + time.monotonic() - began, 2),
+                        "cpu_seconds": round(logs[name].cpu_seconds + time.process_time() - cpu_began, 2),
                     }
                     student.last_terms = told[name].terms
                     logs[name].write(shared | {"loss": sum(told[name].terms.values()), **told[name].terms, **told[name].more})
@@ -199,13 +201,13 @@ def train(
                         logs[name].write({"step": step, "images": done * config.batch, **probe(average.backbone)})
             shown = {"loss": sum(next(iter(group.values())).last_terms.values())}
             task.advance(1, **shown)
+            loop.stop_if_dead(step, told)
             if done % runtime.checkpoint_every == 0 or done == total or stopping:
                 if cache is not None:
                     cache.flush()
                 save_state(checkpoint, done, group, loop.extras, world, main)
             if stopping:
                 raise KeyboardInterrupt
-            loop.stop_if_dead(step, told)
     if main and subjects:
         said = {n: (t.more, t.limits) for n, t in told.items() if t.limits is not None}
         about = {"step": total - 1, "images": total * config.batch}

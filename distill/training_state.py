@@ -42,7 +42,7 @@ class Student:
         """Whether the backward pass inside exchanges gradients with other processes: only a step's last one does. A sharded model always
         does: what it has not exchanged it would have to keep whole.
         """
-        if not on and hasattr(self.wrapped, "no_sync"):  # DistributedDataParallel
+        if not on and isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             with self.wrapped.no_sync():
                 yield
         else:
@@ -171,7 +171,7 @@ def resume(checkpoint: Path, group: dict[str, Student], extras: nn.Module, world
 def save_state(path: Path, step: int, group: dict[str, Student], extras: nn.Module, world: int, main: bool = True) -> None:
     """Write every tensor under `student/<name>/...` and `centring/...`, with steps done and counters in the metadata.
 
-    Every process must call this (sharded tensors are gathered); the main one writes.
+    Every process must call this (sharded tensors are gathered); the main one writes, and the others wait for it.
     """
     tensors = {f"student/{n}/{k}": v for n, student in group.items() for k, v in student.state(main).items()}
     others = {f"centring/{k}": whole(v) for k, v in extras.state_dict().items()}
@@ -180,3 +180,5 @@ def save_state(path: Path, step: int, group: dict[str, Student], extras: nn.Modu
     about = json.dumps({"step": step, "processes": world, "bad": bad, "monitors": monitors})
     if main:
         save_tensors(path, tensors | others, {"state": about})
+    if world > 1:  # a process that left now would have the launcher end the one that writes
+        torch.distributed.barrier()

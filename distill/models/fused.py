@@ -38,15 +38,15 @@ class NormLinear(torch.autograd.Function):
         normed, mean, rstd = torch.native_layer_norm(x, gain.shape, gain.to(x.dtype), shift.to(x.dtype), eps)
         wc = cast(w, dtype)
         ctx.save_for_backward(x, gain, shift, mean, rstd, w, b)
-        ctx.extra = (eps, dtype, wc)
+        ctx.extra = (eps, dtype, cast)  # not the copy: of a sharded model none may outlive its block
         return F.linear(normed.to(dtype), wc, None if b is None else b.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         x, gain, shift, mean, rstd, w, b = ctx.saved_tensors
-        eps, dtype, wc = ctx.extra
+        eps, dtype, cast = ctx.extra
         normed = torch.native_layer_norm(x, gain.shape, gain.to(x.dtype), shift.to(x.dtype), eps)[0]
-        dn, dw, db = _linear_backward(grad, normed.to(dtype), wc, w, b)
+        dn, dw, db = _linear_backward(grad, normed.to(dtype), cast(w, dtype), w, b)
         dx, dgain, dshift = _norm_backward(dn, x, gain, shift, mean, rstd)
         return dx, dgain, dshift, dw, db, None, None, None
 
@@ -73,19 +73,19 @@ class NormMLP(torch.autograd.Function):
         w1c, w2c = cast(w1, dtype), cast(w2, dtype, gamma)
         inner = F.linear(normed.to(dtype), w1c, None if b1 is None else b1.to(dtype))
         ctx.save_for_backward(x, gain, shift, mean, rstd, w1, b1, w2, b2, gamma, inner)
-        ctx.extra = (eps, dtype, w1c, w2c)
+        ctx.extra = (eps, dtype, cast)
         return F.linear(F.gelu(inner), w2c, _scaled_bias(b2, gamma, dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         x, gain, shift, mean, rstd, w1, b1, w2, b2, gamma, inner = ctx.saved_tensors
-        eps, dtype, w1c, w2c = ctx.extra
-        d_active, dw2, db2 = _linear_backward(grad, F.gelu(inner), w2c, w2, b2)
+        eps, dtype, cast = ctx.extra
+        d_active, dw2, db2 = _linear_backward(grad, F.gelu(inner), cast(w2, dtype, gamma), w2, b2)
         dw2, db2, dgamma = _unscale(dw2, db2, w2, b2, gamma)
         d_inner = torch.ops.aten.gelu_backward(d_active, inner)
         del d_active
         normed = torch.native_layer_norm(x, gain.shape, gain.to(x.dtype), shift.to(x.dtype), eps)[0]
-        dn, dw1, db1 = _linear_backward(d_inner, normed.to(dtype), w1c, w1, b1)
+        dn, dw1, db1 = _linear_backward(d_inner, normed.to(dtype), cast(w1, dtype), w1, b1)
         dx, dgain, dshift = _norm_backward(dn, x, gain, shift, mean, rstd)
         return dx, dgain, dshift, dw1, db1, dw2, db2, dgamma, None, None, None
 
@@ -99,13 +99,14 @@ class ScaledLinear(torch.autograd.Function):
     ) -> Tensor:
         wc = cast(w, dtype, gamma)
         ctx.save_for_backward(a, w, b, gamma)
-        ctx.wc = wc
+        ctx.extra = (dtype, cast)
         return F.linear(a.to(dtype), wc, _scaled_bias(b, gamma, dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         a, w, b, gamma = ctx.saved_tensors
-        da, dw, db = _linear_backward(grad, a.to(ctx.wc.dtype), ctx.wc, w, b)
+        dtype, cast = ctx.extra
+        da, dw, db = _linear_backward(grad, a.to(dtype), cast(w, dtype, gamma), w, b)
         dw, db, dgamma = _unscale(dw, db, w, b, gamma)
         return da.to(a.dtype), dw, db, dgamma, None, None
 
