@@ -16,8 +16,7 @@ from distill.data.preprocess import Preprocess
 from distill.encoder import TorchEncoder
 from distill.errors import UserError
 from distill.files import sha256_file
-from distill.memory import refuse_if_too_large, training_bytes
-from distill.models.backbone import BackboneConfig
+from distill.memory import refuse_if_too_large, training_bytes_of
 from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, save_model
 from distill.models.foreign import load_teacher
 from distill.models.headed import HeadedBackbone
@@ -263,12 +262,8 @@ def run_training(
 
     if isinstance(data.train, ImageSource):
         data.train.probe()  # hopeless data is a sentence now; in a loader's worker it would be a traceback
-    models = [*students.values(), *([teacher] if teacher is not None else [])]
-    if all(isinstance(m.backbone.config, BackboneConfig) and m.dino is not None for m in models):
-        heads = [_head_configs(s) for s in students.values()]
-        frozen: Any = None if teacher is None else (teacher.backbone.config, _head_configs(teacher))
-        configs: Any = [s.backbone.config for s in students.values()]
-        refuse_if_too_large(training_bytes(training, frozen, configs, heads, PartialState().num_processes), title)
+    processes = PartialState().num_processes
+    refuse_if_too_large(training_bytes_of(training, teacher, students.values(), processes, r.runtime), title)
     trained = train(
         training,
         students,
@@ -294,11 +289,6 @@ def run_training(
             f"{about['misses']:.0f} made"
         )
     return trained
-
-
-def _head_configs(model: HeadedBackbone) -> tuple[HeadConfig, HeadConfig | None]:
-    assert model.dino is not None
-    return model.dino.config, None if model.ibot is None else model.ibot.config
 
 
 def _listed(names: Iterable[str]) -> str:
