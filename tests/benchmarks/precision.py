@@ -8,6 +8,7 @@ Prints Markdown: the median over the rounds, and the median of the ratios within
 import argparse
 import os
 import time
+from copy import deepcopy
 from statistics import median
 
 import torch
@@ -18,10 +19,9 @@ from distill.data.loader import Batch, MasksConfig
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
-from distill.objectives import ObjectivesConfig, make_centrings, teacher_targets
-from distill.optim import OptimConfig, Schedules
-from distill.runtime import native_bf16
-from distill.train import TrainConfig, student_step
+from distill.runtime import RuntimeConfig, native_bf16
+from distill.step import Stepper
+from distill.train import TrainConfig
 from distill.training_state import prepare_student
 
 SIZE, PATCH, BATCH = 224, 16, 4
@@ -33,19 +33,24 @@ def trainer(dim: int, depth: int, heads: int):
     backbone = Backbone(BackboneConfig(patch=PATCH, image_size=SIZE, dim=dim, depth=depth, heads=heads, init="fan_in"))
     model = HeadedBackbone(backbone, DINOHead(dim, head), DINOHead(dim, head))
     crops = CropsConfig(global_size=SIZE, local_size=96, local_count=4)
-    config = TrainConfig(images=1000, batch=BATCH, crops=crops, masks=MasksConfig(), mask_input=True)
     accelerator = Accelerator(mixed_precision="no", cpu=True)
-    student = prepare_student(model, OptimConfig(), ObjectivesConfig(), True, accelerator)
-    centrings = make_centrings(config.objectives, student.average)
-    schedules = Schedules(config.optim, BATCH, 1000)
     masks = torch.rand(2 * BATCH, (SIZE // PATCH) ** 2) < 0.15
     batch = Batch(torch.randn(2 * BATCH, 3, SIZE, SIZE), torch.randn(4 * BATCH, 3, 96, 96), masks)
+    loops = {}
+    for bf16 in (False, True):
+        config = TrainConfig(
+            images=1000 * BATCH,
+            batch=BATCH,
+            crops=crops,
+            masks=MasksConfig(),
+            mask_input=True,
+            precision="bf16" if bf16 else "fp32",
+        )
+        student = prepare_student(deepcopy(model), config.optim, config.objectives, True, accelerator)
+        loops[bf16] = Stepper(config, {"one": student}, None, config.steps(), accelerator, RuntimeConfig())
 
     def step(bf16: bool) -> None:
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        with autocast:
-            targets = teacher_targets(student.average, centrings, batch.global_crops, masks, 0.05)
-        student_step(student, batch, masks, targets, config, schedules, 1, accelerator, autocast)
+        loops[bf16].step(1, batch, watch=False)
 
     return step
 
@@ -59,7 +64,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.threads} threads, native bf16: {native_bf16()}\n")
     print("| width x blocks | fp32 images/s | bf16 images/s | bf16 / fp32 (median of the rounds' ratios) |\n|---|---|---|---|")
     for dim, depth, heads in ((96, 4, 3), (192, 6, 3), (384, 6, 6), (768, 4, 12)):
-        step, seconds = trainer(dim, depth, heads), {False: [], True: []}
+        step = trainer(dim, depth, heads)
+        seconds: dict[bool, list[float]] = {False: [], True: []}
         for bf16 in (False, True):
             step(bf16)
         for _ in range(args.rounds):

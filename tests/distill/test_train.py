@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,18 +30,18 @@ CROPS = CropsConfig(global_size=32, local_size=16, local_count=2, blur=(0.5, 0.1
 RUNTIME = RuntimeConfig(workers=0, threads=1, checkpoint_every=3, log_every=1)
 
 
-def model(seed: int = 0, dim: int = 32, **backbone) -> HeadedBackbone:
+def model(seed: int = 0, dim: int = 32, **backbone) -> Any:
     torch.manual_seed(seed)
     config = BackboneConfig(patch=8, image_size=32, dim=dim, depth=2, heads=2, layer_scale=1.0, init="fan_in", **backbone)
     return HeadedBackbone(Backbone(config), DINOHead(dim, HEAD), DINOHead(dim, HEAD))
 
 
 def settings(steps: int = 8, **changes) -> TrainConfig:
-    base = {"images": 8 * steps, "batch": 8, "crops": CROPS, "masks": MasksConfig(), "mask_input": True}
+    base: dict[str, Any] = {"images": 8 * steps, "batch": 8, "crops": CROPS, "masks": MasksConfig(), "mask_input": True}
     return TrainConfig(**(base | {"optim": OptimConfig(lr=0.02), "precision": "fp32"} | changes))
 
 
-def run(folder: Path, config: TrainConfig, students=None, teacher=None, runtime=RUNTIME) -> dict[str, HeadedBackbone]:
+def run(folder: Path, config: TrainConfig, students=None, teacher=None, runtime=RUNTIME) -> dict[str, Any]:
     source = ScenesConfig(count=40, size=32).build()
     students = students or {"one": model()}
     return train(config, students, teacher, source, "per_image", folder, 5, runtime, Progress("quiet"))
@@ -126,6 +128,53 @@ def test_distillation_of_two_students_equals_each_alone_and_freezes_the_teacher(
     assert torch.equal(both["a"].backbone.mask_token, torch.zeros_like(both["a"].backbone.mask_token))
 
 
+def frozen_backbone(seed: int = 0) -> Any:
+    made = model()
+    torch.manual_seed(seed)
+    made.dino, made.ibot = (
+        DINOHead(32, HEAD),
+        DINOHead(32, HEAD),
+    )  # the backbone is the same for every seed: it came from a file
+    made.backbone.requires_grad_(False)
+    return made
+
+
+def test_interrupted_fitting_of_heads_ends_in_the_same_weights(tmp_path):
+    config = settings(6, masks=None, mask_input=False, objectives=ObjectivesConfig(koleo=0.0))
+    whole = run(tmp_path / "whole", config, {"one": frozen_backbone()})["one"]
+
+    class Kill(BaseException):
+        pass
+
+    class Dies(Progress):
+        def task(self, *args, **kwargs):
+            return _Dying(super().task(*args, **kwargs), Kill, after=5)
+
+    source = ScenesConfig(count=40, size=32).build()
+    with pytest.raises(Kill):
+        train(config, {"one": frozen_backbone()}, None, source, "per_image", tmp_path / "cut", 5, RUNTIME, Dies("quiet"))
+    resumed = run(tmp_path / "cut", config, {"one": frozen_backbone(seed=99)})["one"]
+    assert same(whole, resumed)
+    assert same(whole.backbone, model().backbone)
+    assert not torch.equal(whole.dino.last_layer.weight_v, model().dino.last_layer.weight_v)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_running_blocks_again_changes_no_bit(tmp_path, drop_path):
+    recompute = RUNTIME.model_copy(update={"recompute_blocks": True})
+    kept = run(tmp_path / "kept", settings(3), {"one": model(drop_path=drop_path)})["one"]
+    again = run(tmp_path / "again", settings(3), {"one": model(drop_path=drop_path)}, runtime=recompute)["one"]
+    assert same(kept, again)
+
+
+def test_micro_batches_train_the_same(tmp_path):
+    config = settings(4, objectives=ObjectivesConfig(koleo_group=2))
+    runs = {n: run(tmp_path / str(n), config, runtime=RUNTIME.model_copy(update={"micro_batch": n}))["one"] for n in (2, 8)}
+    assert losses(tmp_path / "2" / "train.jsonl") == pytest.approx(losses(tmp_path / "8" / "train.jsonl"), rel=1e-5)
+    a, b = (runs[n].backbone.blocks[0].mlp.fc1.weight for n in runs)
+    assert (a - b).norm() < 1e-4 * b.norm()
+
+
 def test_without_frozen_teacher_only_one_student(tmp_path):
     with pytest.raises(ValueError, match="exactly one student"):
         run(tmp_path, settings(1), {"a": model(), "b": model()})
@@ -173,7 +222,7 @@ def test_sigterm_writes_a_checkpoint_and_the_next_start_continues(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.PIPE)
     log = tmp_path / "train.jsonl"
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 4):
-        pass
+        time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
