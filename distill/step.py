@@ -74,7 +74,7 @@ class Stepper:
         self.teacher = first.average if teacher is None else self._ready(teacher, runtime)
         # 0 is the teacher's own grid; a student with another one is compared with resampled patches.
         self.own_grid = self._grid(self.teacher, config.teacher_size)
-        self.grids = {name: 0 if (g := self._grid(s.module, None)) == self.own_grid else g for name, s in group.items()}
+        self.grids = {name: 0 if (g := self._grid(s.average, None)) == self.own_grid else g for name, s in group.items()}
         self.extras = make_centrings(asked, self.teacher, sorted(set(self.grids.values())))
         self.gram_from = total if asked.gram is None else asked.gram.first_step(total)
         self.snapshots: set[int] = set()
@@ -101,9 +101,11 @@ class Stepper:
             return pixels // backbone.patch
         with torch.no_grad():  # padding decides, so only the network itself knows
             was = backbone.training
-            out = backbone.eval()(torch.zeros(1, 3, pixels, pixels, device=self.accelerator.device))
+            backbone.eval()
+            crop = torch.zeros(1, 3, pixels, pixels, device=self.accelerator.device)
+            n = model(crop, None, lambda _, features: features.patches.shape[1])  # a sharded model runs as a whole only
             backbone.train(was)
-        return round(out.patches.shape[1] ** 0.5)
+        return round(n**0.5)
 
     # Not Accelerator's mixed precision: that is fixed for a whole process, and a run trains several models of different widths.
     def autocast(self, model: HeadedBackbone) -> Any:
