@@ -210,7 +210,7 @@ def image_activations(config: AnyConfig, size: int, value: int, recompute: bool)
     fused = 4 if value == HALF or t <= 128 else 5  # q, k, v and the result; the fused kernel's result is also reordered
     # Both halves keep their input (float32) and what `fused.py` lists; backward then needs as much again of one half.
     block = (1 - config.drop_path) * (2 * FLOAT * dim + value * (fused * dim + hidden))
-    passing = 2 * value * hidden + 3 * FLOAT * dim
+    passing = value * hidden + 2 * FLOAT * dim
     outside = 4 * FLOAT * dim  # patches, their positions, the final norm and its result
     return t * (depth * (FLOAT * dim if recompute else block) + (block if recompute else 0) + passing + outside)
 
@@ -223,9 +223,11 @@ def _by_layers(config: AnyConfig, size: int) -> float:
         network = make_backbone(config).eval()
         count = 0
 
-        def add(module: nn.Module, _: object, out: object) -> None:
+        def add(module: nn.Module, given: tuple, out: object) -> None:
             nonlocal count
-            count += out.numel() if isinstance(out, torch.Tensor) and not list(module.children()) else 0
+            own = next(module.parameters(recurse=False), None) is not None or not list(module.children())
+            new = own and isinstance(out, torch.Tensor) and out is not given[0]
+            count += out.numel() if new else 0  # type: ignore[attr-defined]
 
         for module in network.modules():
             module.register_forward_hook(add)
