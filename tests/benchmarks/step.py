@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -301,6 +301,9 @@ def process(name: str, work: Workload, threads: int) -> Any:
     try:
         yield here
     finally:
+        with suppress(OSError):  # it may be gone, or answered "unavailable"
+            here.send(False)
+        child.join(10)
         child.terminate()
         child.join()
 
