@@ -88,16 +88,17 @@ def test_dino_is_least_where_student_and_teacher_agree():
     assert sum(dino_loss(agreeing + 0.1 * torch.randn_like(agreeing), small, targets, T)) > entropy
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cross_entropies_are_float32(dtype):
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.bfloat16, 5e-3), (torch.float16, 5e-4)])
+def test_cross_entropies_are_float32(dtype, rel):
+    """Sums at least; logits over the temperature keep the digits of their format."""
     student, targets = torch.randn(2, 4, 6).to(dtype), distributions(2, 4, 6)
     got, want = (torch.stack(dino_loss(s, s[:1], targets, T)) for s in (student, student.float()))
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, want, rtol=rel, atol=0)
     flat, weights = targets.flatten(0, 1), torch.ones(8)
-    torch.testing.assert_close(
-        ibot_loss(student.flatten(0, 1), flat, weights, T), ibot_loss(student.float().flatten(0, 1), flat, weights, T)
-    )
+    got, want = (ibot_loss(s.flatten(0, 1), flat, weights, T) for s in (student, student.float()))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=rel, atol=0)
 
 
 def test_huge_student_logits_are_finite():
