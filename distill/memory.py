@@ -84,8 +84,8 @@ class Memory:
 
 def shape_of(model: HeadedBackbone) -> Shape:
     match = 0 if model.match is None else sum(p.numel() for p in model.match.parameters())
-    configs = [None if h is None else h.config for h in (model.dino, model.ibot)]
-    return Shape(model.backbone.config, *configs, match, model.backbone_frozen)
+    dino, ibot = (None if h is None else h.config for h in (model.dino, model.ibot))
+    return Shape(model.backbone.config, dino, ibot, match, model.backbone_frozen)
 
 
 def training_bytes_of(
@@ -278,5 +278,6 @@ def refuse_if_too_large(needed: int, title: str) -> None:
     if needed > 1.5 * free:
         raise EnvironmentFailed(
             f"{title} needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free. "
-            "Lower batch, crops.local_count, crop sizes or the number of prototypes, or set runtime.micro_batch or runtime.recompute_blocks."
+            "Lower batch, crops.local_count, crop sizes or the number of prototypes, or set runtime.micro_batch or "
+            "runtime.recompute_blocks."
         )

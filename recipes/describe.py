@@ -1,88 +1,253 @@
 """What `decant check` prints: the models with their sizes, the cost of each training, and which stages would run, and why. Does nothing."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from distill.errors import DecantError
-from distill.memory import training_bytes
-from distill.models.backbone import BackboneConfig, flops_per_image, parameter_count
-from distill.models.heads import HeadConfig, head_parameters
+from distill.memory import Memory, Shape, chosen_patches, estimate
+from distill.models.backbone import BackboneConfig
+from distill.models.checkpoints import model_info
+from distill.models.heads import HeadConfig
+from distill.models.kinds import AnyConfig, backbone_flops, backbone_measures, backbone_parameters, read_config
+from distill.models.match_head import match_head_parameters
+from distill.objectives import ObjectivesConfig
 from distill.train import TrainConfig
 from recipes.schema import Recipe
 
-
-def describe(recipe: Recipe, run: Path) -> RenderableType:
-    """The plan as tables. Data that are not there are named, and leave open which stages are done."""
-    return Group(_models(recipe), Text(), _trainings(recipe), Text(), *_stages(recipe, run))
-
-
-def _models(r: Recipe) -> Table:
-    table = Table(title=f"Models of {r.name} at {r.input.size} px", title_justify="left")
-    for name, justify in (
-        ("model", "left"),
-        ("shape", "left"),
-        ("parameters", "right"),
-        ("heads", "right"),
-        ("GFLOPs/image", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    rows: list[tuple[str, BackboneConfig, HeadConfig, HeadConfig | None]] = [
-        ("teacher", r.teacher.backbone, r.teacher.dino_head, r.teacher.ibot_head)
-    ]
-    rows += [(f"students/{n}", s.backbone, *r.heads_of(n)) for n, s in r.students.items()]
-    for name, backbone, dino, ibot in rows:
-        dim, depth, heads, ffn = backbone.shape()
-        in_heads = head_parameters(dim, dino) + (0 if ibot is None else head_parameters(dim, ibot))
-        table.add_row(
-            name,
-            f"{backbone.arch}/{backbone.patch}: {dim} wide, {depth} blocks, {heads} heads, {ffn}",
-            f"{parameter_count(backbone, mask_token=False):,}",
-            f"{in_heads / 1e6:.2f} M",
-            f"{flops_per_image(backbone, r.input.size) / 1e9:.3g}",
-        )
-    return table
+# Hours are a formula, so what they assume is said beside them.
+PEAK, SHARE = 989e12, 0.4
+ASSUMED = "hours: at 40 % of 989 TFLOP/s, the dense bf16 peak of an H100; a formula, not a measurement"
 
 
-def _trainings(r: Recipe) -> Table:
-    table = Table(title="Trainings", title_justify="left")
-    for name in ("stage", "images", "steps", "batch", "crops", "PFLOPs", "memory, about"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
-    students = [s.backbone for s in r.students.values()]
-    heads = [r.heads_of(n) for n in r.students]
-    own = (r.teacher.dino_head, r.teacher.ibot_head)
-    rows = [("pretrain", r.teacher.train, r.teacher.backbone, [r.teacher.backbone], [own])]
-    rows.append(("distill", r.distill, r.teacher.backbone, students, heads))
+class Training(NamedTuple):
+    """One training of a recipe; `teacher` None where the student's average teaches, `unknown` where a file must be read first."""
+
+    stage: str
+    config: TrainConfig
+    teacher: Shape | None
+    students: list[Shape]
+    unknown: bool = False
+
+
+def describe(recipe: Recipe, run: Path, processes: int = 1) -> RenderableType:
+    """The plan as tables. Data that are not there are named, and leave open which stages are done.
+
+    Args:
+        processes: devices that train together; with several, memory is said with parameters copied to each and sharded over all.
+    """
+    teacher = teacher_shape(recipe, run)
+    found = trainings(recipe, teacher)
+    costs = (_trainings(found, recipe), Text(ASSUMED, style="dim"), Text(), _memory(found, recipe, processes))
+    return Group(_models(recipe, teacher), Text(), *costs, Text(), *_stages(recipe, run))
+
+
+def teacher_shape(r: Recipe, run: Path) -> Shape | None:
+    """The teacher as it is at distillation; None while a file that says so was not loaded yet."""
+    backbone = r.teacher.shape()
+    heads = (r.teacher.dino_head, r.teacher.ibot_head)
+    if backbone is not None:
+        return Shape(backbone, *heads)
+    for folder in (run / "teacher", run / "loaded"):
+        if (folder / "model.json").is_file():
+            info = model_info(folder)
+            kept = {n: HeadConfig(**c) for n, c in info["heads"].items()}
+            own = heads if r.teacher.fit_heads is not None else (kept.get("dino"), kept.get("ibot"))
+            return Shape(read_config(info["backbone"]), *own)
+    return None
+
+
+def trainings(r: Recipe, teacher: Shape | None) -> list[Training]:
+    """Every training of a recipe in order, with the shapes of what takes part."""
+    found = []
+    for name, config in r.teacher.trainings().items():
+        stage = {"train": "pretrain"}.get(name, name)
+        fits = name == "fit_heads"
+        config = r.fit_training() if fits else config
+        shape = None if teacher is None else _for(config.objectives, teacher.backbone, (teacher.dino, teacher.ibot), 0, fits)
+        found.append(Training(stage, config, None, [] if shape is None else [shape], shape is None))
+    asked, width = r.distill.objectives, 0 if teacher is None else backbone_measures(teacher.backbone)[0]
+    students = [_for(asked, s.backbone, r.heads_of(n), width) for n, s in r.students.items()]
+    guide = (
+        None
+        if teacher is None
+        else _for(asked.model_copy(update={"match": None}), teacher.backbone, (teacher.dino, teacher.ibot))
+    )
+    found.append(Training("distill", r.distill, guide, students, guide is None))
     for name, student in r.students.items():
         if student.control:
-            rows.append((f"control/{name}", r.control_training(), student.backbone, [student.backbone], [r.heads_of(name)]))
-    for stage, training, teacher, trained, head_configs in rows:
-        crops = training.crops
+            config = r.control_training()
+            found.append(
+                Training(f"control/{name}", config, None, [_for(config.objectives, student.backbone, r.heads_of(name))])
+            )
+    return found
+
+
+def _for(
+    asked: ObjectivesConfig,
+    backbone: AnyConfig,
+    heads: tuple[HeadConfig | None, HeadConfig | None],
+    width: int = 0,
+    frozen: bool = False,
+) -> Shape:
+    """A model with the heads that the objectives need, as `work.fresh_model` makes it."""
+    dino, ibot = heads
+    shared = asked.ibot and ibot is None
+    match = 0
+    if asked.match is not None and width:
+        parts = (asked.match.cls > 0) + (asked.match.patches > 0)
+        match = match_head_parameters(backbone_measures(backbone)[0], width, asked.match.hidden, parts)
+    return Shape(backbone, dino if asked.dino or shared else None, ibot if asked.ibot else None, match, frozen)
+
+
+def _models(r: Recipe, teacher: Shape | None) -> Table:
+    table = Table(title=f"Models of {r.name} at {r.input.size} px", title_justify="left")
+    for name in ("model", "shape", "parameters", "heads", "GFLOPs/image"):
+        table.add_column(name, justify="left" if name in ("model", "shape") else "right")
+    if teacher is None:
+        table.add_row("teacher", "known once it is loaded", "", "", "")
+    rows = [] if teacher is None else [("teacher", teacher)]
+    rows += [(f"students/{n}", Shape(s.backbone, *r.heads_of(n))) for n, s in r.students.items()]
+    for name, shape in rows:
         table.add_row(
-            stage,
-            f"{training.images:,}",
-            f"{training.steps():,}",
-            str(training.batch),
-            f"2 × {crops.global_size} + {crops.local_count} × {crops.local_size} px",
-            f"{training.images * training_flops(training, teacher, trained) / 1e15:.3g}",
-            f"{training_bytes(training, (teacher, own) if stage == 'distill' else None, trained, head_configs) / 2**30:.2g} GiB",
+            name,
+            named(shape.backbone),
+            f"{backbone_parameters(shape.backbone, mask_token=False):,}",
+            f"{shape.head_parameters() / 1e6:.2f} M",
+            f"{backbone_flops(shape.backbone, r.input.size) / 1e9:.3g}",
         )
     return table
 
 
-def training_flops(training: TrainConfig, teacher: BackboneConfig, students: list[BackboneConfig]) -> float:
-    """Floating-point operations an image: the teacher's forward on two global crops, each student's forward and backward (3 forwards)."""
-    crops = training.crops
-    total = 2.0 * flops_per_image(teacher, crops.global_size)
-    for student in students:
-        forward = 2 * flops_per_image(student, crops.global_size)
-        if crops.local_count:
-            forward += crops.local_count * flops_per_image(student, crops.local_size)
-        total += 3 * forward
-    return total
+def named(config: AnyConfig) -> str:
+    if not isinstance(config, BackboneConfig):
+        dim, patch, _ = backbone_measures(config)
+        return f"{config.name}: {dim} wide, patch {patch}"
+    dim, depth, heads, ffn = config.shape()
+    return f"{config.arch}/{config.patch}: {dim} wide, {depth} blocks, {heads} heads, {ffn}"
+
+
+def _trainings(found: list[Training], r: Recipe) -> Table:
+    table = Table(title="Trainings", title_justify="left")
+    for name in ("stage", "images", "steps", "batch", "crops", "PFLOPs", "H100 hours"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for t in found:
+        crops = t.config.crops
+        flops = 0.0 if t.unknown else run_flops(t, r.runtime.recompute_blocks)
+        table.add_row(
+            t.stage,
+            f"{t.config.images:,}",
+            f"{t.config.steps():,}",
+            str(t.config.batch),
+            f"2 × {crops.global_size} + {crops.local_count} × {crops.local_size} px",
+            "open" if t.unknown else rounded(flops / 1e15),
+            "open" if t.unknown else rounded(gpu_hours(flops), 2),
+        )
+    return table
+
+
+def rounded(x: float, digits: int = 3) -> str:
+    """With so many significant digits, never as a power of ten."""
+    x = float(f"{x:.{digits}g}")
+    return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:.{digits}g}"
+
+
+def gpu_hours(flops: float) -> float:
+    return flops / (SHARE * PEAK) / 3600
+
+
+def run_flops(t: Training, recompute: bool = False) -> float:
+    """Floating-point operations of a whole training. Targets that come from a cache cost their teacher once."""
+    images = t.config.steps() * t.config.batch
+    cache = t.config.cache
+    taught = images if cache is None or cache.replay is None else min(images, cache.replay)
+    return taught * teacher_flops(t) + images * sum(
+        student_flops(t.config, s, recompute, t.teacher is None) for s in t.students
+    )
+
+
+def teacher_flops(t: Training) -> float:
+    """Of one image: the forward pass over its two global crops, the heads on their CLS and on the patches that iBOT asks."""
+    model = t.students[0] if t.teacher is None else t.teacher
+    size = t.config.teacher_size or t.config.crops.global_size
+    patches = chosen_patches(t.config, t.students[0], 1)
+    return 2.0 * backbone_flops(model.backbone, size) + head_flops(t.config, model, 2, patches)
+
+
+def student_flops(training: TrainConfig, s: Shape, recompute: bool = False, alone: bool = True) -> float:
+    """Of one image: forward and backward, three forwards (with recomputed blocks four); stochastic depth leaves its share of blocks out.
+
+    Args:
+        alone: without a frozen teacher; a frozen backbone then has its global crops' features from there.
+    """
+    crops, asked = training.crops, training.objectives
+    local = crops.local_count * backbone_flops(s.backbone, crops.local_size) if crops.local_count and asked.dino else 0
+    whole = 2 * backbone_flops(s.backbone, crops.global_size)
+    heads = 3 * head_flops(training, s, 2 + (crops.local_count if asked.dino else 0), chosen_patches(training, s, 1))
+    if s.backbone_frozen:
+        return local + (0 if alone else whole) + heads
+    dropped = s.backbone.drop_path if isinstance(s.backbone, BackboneConfig) else 0.0
+    return (4 if recompute else 3) * (1 - dropped) * (local + whole) + heads
+
+
+def head_flops(training: TrainConfig, s: Shape, cls_rows: float, patch_rows: float) -> float:
+    """A forward pass of the heads: their layers and the product with the prototypes, 2 operations a weight and row."""
+    dim = backbone_measures(s.backbone)[0]
+    total = 0.0
+    for head, on, rows in ((s.dino, training.objectives.dino, cls_rows), (s.patch_head, training.objectives.ibot, patch_rows)):
+        if head is not None and on:
+            widths = [dim] + [head.hidden] * (head.layers - 1) + [head.bottleneck, head.prototypes]
+            total += 2 * rows * sum(a * b for a, b in pairwise(widths))
+    return total + s.match * (cls_rows + 2 * (training.crops.global_size // backbone_measures(s.backbone)[1]) ** 2)
+
+
+def _memory(found: list[Training], r: Recipe, processes: int) -> Table:
+    """Bytes on each device by what they are for."""
+    of = "one device" if processes == 1 else f"each of {processes} devices"
+    table = Table(title=f"Memory on {of}, about (GiB)", title_justify="left")
+    columns = (
+        "stage",
+        "weights",
+        "averages",
+        "gradients",
+        "Adam",
+        "teacher",
+        "copies",
+        "activations",
+        "targets",
+        "images",
+        "in all",
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    ways = [("", r.runtime)]
+    if processes > 1:
+        ways = [(way, r.runtime.model_copy(update={"shard": way == ", sharded"})) for way in (", copied", ", sharded")]
+    for t in found:
+        for way, runtime in ways if not t.unknown else [("", r.runtime)]:
+            if t.unknown:
+                table.add_row(t.stage, *["open"] * (len(columns) - 1))
+                continue
+            m: Memory = estimate(t.config, t.teacher, t.students, processes, runtime)
+            parts = (
+                m.weights,
+                m.averages,
+                m.gradients,
+                m.adam,
+                m.teacher,
+                m.casts,
+                m.activations,
+                m.targets,
+                m.images,
+                m.total(),
+            )
+            table.add_row(t.stage + way, *(rounded(x / 2**30, 2) if x >= 2**20 else "0" for x in parts))
+    return table
 
 
 def _stages(r: Recipe, run: Path) -> Iterator[RenderableType]:

@@ -25,22 +25,34 @@ from distill.train import TrainConfig
 
 # Each is dominated by another term. Small heads have few prototypes and are narrow, so that they weigh nothing.
 SMALL_HEAD: dict[str, Any] = {"prototypes": 64, "hidden": 64, "bottleneck": 32}
+CROPS: dict[str, Any] = {"global": 48, "local": 24, "count": 4}
+TINY = {"embed_dim": 96, "depth": 4, "num_heads": 2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], bool]] = {
-    "activations": ({"dim": 96, "depth": 4}, SMALL_HEAD, {"batch": 96, "global": 48, "local": 24, "count": 4}, True),
+    "activations": ({"dim": 96, "depth": 4}, SMALL_HEAD, CROPS | {"batch": 96}, True),
     "local crops": ({"dim": 96, "depth": 4}, SMALL_HEAD, {"batch": 48, "global": 32, "local": 32, "count": 10}, True),
-    "many tokens": ({"dim": 96, "depth": 4, "patch": 4}, SMALL_HEAD, {"batch": 24, "global": 64, "local": 16, "count": 2}, True),
-    "swiglu": ({"arch": "vit_giant", "dim": 96, "depth": 4}, SMALL_HEAD, {"batch": 96, "global": 48, "local": 24, "count": 2}, False),
-    "bf16": ({"dim": 96, "depth": 6}, SMALL_HEAD, {"batch": 96, "global": 48, "local": 24, "count": 4, "precision": "bf16"}, True),
-    "micro-batches": ({"dim": 96, "depth": 4}, SMALL_HEAD, {"batch": 144, "global": 48, "local": 24, "count": 4, "micro_batch": 48}, True),
-    "blocks again": ({"dim": 96, "depth": 8}, SMALL_HEAD, {"batch": 128, "global": 48, "local": 24, "count": 4, "recompute_blocks": True}, True),
+    "many tokens": (
+        {"dim": 96, "depth": 4, "patch": 4},
+        SMALL_HEAD,
+        {"batch": 24, "global": 64, "local": 16, "count": 2},
+        True,
+    ),
+    "swiglu": ({"arch": "vit_giant", "dim": 96, "depth": 4}, SMALL_HEAD, CROPS | {"batch": 96}, False),
+    "bf16": ({"dim": 96, "depth": 6}, SMALL_HEAD, CROPS | {"batch": 96, "precision": "bf16"}, True),
+    "micro-batches": ({"dim": 96, "depth": 4}, SMALL_HEAD, CROPS | {"batch": 144, "micro_batch": 48}, True),
+    "blocks again": ({"dim": 96, "depth": 8}, SMALL_HEAD, CROPS | {"batch": 128, "recompute_blocks": True}, True),
     "weights": ({"dim": 384, "depth": 5}, SMALL_HEAD, {"batch": 2, "global": 32, "local": 16, "count": 1}, False),
-    "logits": ({"dim": 32}, SMALL_HEAD | {"prototypes": 4096}, {"batch": 48, "global": 48, "local": 24, "count": 4}, False),
-    "prototypes": ({"dim": 32}, {"prototypes": 32768, "hidden": 64, "bottleneck": 128}, {"batch": 4, "global": 32, "local": 16, "count": 2}, True),
+    "logits": ({"dim": 32}, SMALL_HEAD | {"prototypes": 4096}, CROPS | {"batch": 48}, False),
+    "prototypes": (
+        {"dim": 32},
+        {"prototypes": 32768, "hidden": 64, "bottleneck": 128},
+        {"batch": 4, "global": 32, "local": 16, "count": 2},
+        True,
+    ),
     "images": ({"dim": 32, "patch": 32}, SMALL_HEAD, {"batch": 16, "global": 224, "local": 96, "count": 2}, True),
-    "wide heads": ({"dim": 32}, {"prototypes": 64}, {"batch": 32, "global": 48, "local": 24, "count": 4}, False),
-    "timm vit": ({"name": "vit_tiny_patch16_224", "patch": 8, "options": {"embed_dim": 96, "depth": 4, "num_heads": 2}}, SMALL_HEAD, {"batch": 96, "global": 48, "local": 24, "count": 4}, True),
+    "wide heads": ({"dim": 32}, {"prototypes": 64}, CROPS | {"batch": 32}, False),
+    "timm vit": ({"name": "vit_tiny_patch16_224", "patch": 8, "options": TINY}, SMALL_HEAD, CROPS | {"batch": 96}, True),
     "timm cnn": ({"name": "efficientnet_lite0"}, SMALL_HEAD, {"batch": 8, "global": 96, "local": 64, "count": 2}, True),
-}  # fmt: skip
+}
 
 SCRIPT = """
 import gc, json, sys, tempfile
@@ -140,7 +152,7 @@ def test_what_grows_the_estimate():
     base = whole(training, shape)
     crops = training.crops
     for change in (
-        {"batch": 64},
+        {"batch": 192},
         {"crops": crops.model_copy(update={"global_size": 64})},
         {"crops": crops.model_copy(update={"local_count": 40})},
         {"masks": None},
