@@ -75,7 +75,7 @@ data:
   train: {kind: scenes, count: 64, size: 32}
 input: {size: 32, normalize: per_image}
 teacher:
-  load: {kind: timm, path: vit_tiny_patch16_224}
+  load: {kind: timm, name: vit_tiny_patch16_224, path: weights.safetensors}
 students:
   a: {backbone: {arch: vit_small, patch: 8, image_size: 32, dim: 16, depth: 1, heads: 2}}
 distill:
