@@ -211,9 +211,11 @@ def step_flops(work: Workload, chosen: int, live_teacher: bool = True) -> int:
         student += crops * (3 * forward - patch_embed(work.arch, size))
     student += 3 * ((2 + work.locals) * b + chosen) * head_flops(SHAPES[work.arch][0], work)
     arch = work.teacher_arch or work.arch
+    tokens, prototypes = 2 * b + chosen, 2 * work.bottleneck * work.prototypes
+    if not live_teacher:  # what is kept are the vectors before the prototypes
+        return student + tokens * prototypes
     teacher = 2 * b * flops_per_image(backbone_config(work, arch), work.global_size)
-    teacher += (2 * b + chosen) * head_flops(SHAPES[arch][0], work)
-    return student + (teacher if live_teacher else 0)
+    return student + teacher + tokens * head_flops(SHAPES[arch][0], work)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------------------------
