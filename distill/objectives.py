@@ -102,7 +102,8 @@ def make_centrings(config: ObjectivesConfig, teacher: HeadedBackbone, grids: Seq
     if config.ibot and teacher.patch_head is not None:
         made.update({f"ibot{grid or ''}": kind(teacher.patch_head.config.prototypes) for grid in grids})
     if config.match is not None and config.match.standardize:
-        made["standardise"] = FeatureStandardizer(teacher.backbone.dim, config.match.standardize_steps)
+        standardiser = partial(FeatureStandardizer, teacher.backbone.dim, config.match.standardize_steps)
+        made.update({f"standardise{grid or ''}": standardiser() for grid in grids})
     return made
 
 
@@ -152,9 +153,9 @@ class Guide:
             return found
         on_grid = [resampled(f, grid) for f in features]
         standard: Any = on_grid
-        if "standardise" in self.centrings:
-            self.centrings["standardise"].observe(on_grid)
-            standard = [self.centrings["standardise"](f) for f in on_grid]
+        if (name := f"standardise{grid or ''}") in self.centrings:
+            self.centrings[name].observe(on_grid)
+            standard = [self.centrings[name](f) for f in on_grid]
         return [
             Targets(
                 t.dino,

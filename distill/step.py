@@ -68,7 +68,8 @@ class Stepper:
         self.schedules = Schedules(config.optim, config.batch, total)
         self.temperature = teacher_temperature(asked.teacher_temperature, asked.temperature_warmup, total)
         first = next(iter(group.values()))
-        self.shares_backbone = teacher is None and first.module.backbone_frozen
+        same_view = not config.mask_input and config.teacher_size in (None, config.crops.global_size)
+        self.shares_backbone = teacher is None and first.module.backbone_frozen and same_view
         if self.shares_backbone:
             fast_convolutions(first.module)
         self.teacher = first.average if teacher is None else self._ready(teacher, runtime)
@@ -166,8 +167,7 @@ class Stepper:
         if kept is None:
             dino, ibot = self.guide.vectors(self.guide.look(parts), chosen, grid)
             made = self.guide.centred(dino, ibot, [patch_weights(c) for c in chosen], t, grid)
-            none = batch.global_crops.new_zeros(len(batch.global_crops), 1)
-            cls, patches = none, none[:0]
+            cls, patches = None, None
             if self.config.objectives.dino:
                 cls = joined(dino if cache.config.dino_k is None else [m.dino.flatten(0, 1) for m in made])  # type: ignore[union-attr]
             if self.config.objectives.ibot:
@@ -295,7 +295,8 @@ def student_step(
             with student.gradient_sync(i == len(parts) - 1 and j == len(jobs) - 1):
                 with autocast:
                     found = student.wrapped(*job)
-                accelerator.backward(torch.stack(list(found.values())).sum() / len(parts))
+                if found:
+                    accelerator.backward(torch.stack(list(found.values())).sum() / len(parts))
             for name, value in found.items():
                 terms[name] = terms.get(name, 0) + value.detach() / len(parts)
     norms = clip_each(student.module.parts().values(), config.optim.clip)
@@ -309,6 +310,8 @@ def student_step(
         update_average(student.average, student.module, schedules.ema(step))
         student.bad_in_a_row = 0
     else:
+        for a, b in zip(student.average.buffers(), student.module.buffers(), strict=True):
+            b.copy_(a)  # statistics of batch norms have taken the bad batch in; the average's are those of the step before
         student.bad_steps += 1
         student.bad_in_a_row += 1
         if student.bad_in_a_row >= MAX_BAD_STEPS:

@@ -1,6 +1,6 @@
 """Cross-entropy over prototypes without [S, K] matrices: logits, softmax and gradients are made for some rows at a time.
 
-The loss is a number, so its gradient with respect to the logits is known as soon as they are: q - p over the temperature. Each slice's
+The loss is a number, so its gradient with respect to the logits is known as soon as they are: softmax minus target. Each slice's
 gradient is multiplied out at once and the slice forgotten; nothing is computed twice.
 
 Shape legend: S samples, K prototypes, E width of the bottleneck.
@@ -26,6 +26,7 @@ def prototype_cross_entropy(
     directions_KE: Float[Tensor, "k e"] | None = None,
     gains_K1: Float[Tensor, "k 1"] | None = None,
     cast: CastCache | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, ""]:
     """sum_s weights_s CE(targets_s, softmax(y_s / temperature)), y = (g v/|v|) . z; float32.
 
@@ -33,36 +34,47 @@ def prototype_cross_entropy(
         z_SE: bottleneck vectors, or the logits themselves where no prototypes are given.
         targets: rows that sum to 1.
         directions_KE, gains_K1: v and g of the weight-normed prototypes.
-        cast: where copies of the prototypes in the format of `z_SE` are kept.
+        cast: where copies of the prototypes in the format of the products are kept.
+        dtype: of the products; None: that of `z_SE`.
     """
     with torch.autocast(z_SE.device.type, enabled=False):  # sums stay in float32
-        return _PrototypeCrossEntropy.apply(z_SE, directions_KE, gains_K1, targets, weights_S, temperature, cast or CastCache())
+        return _PrototypeCrossEntropy.apply(
+            z_SE, directions_KE, gains_K1, targets, weights_S, temperature, cast or CastCache(), dtype or z_SE.dtype
+        )
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, v: Tensor | None, g: Tensor | None, targets: Assignment, weights: Tensor, t: float, cast: CastCache
+        ctx: Any,
+        z: Tensor,
+        v: Tensor | None,
+        g: Tensor | None,
+        targets: Assignment,
+        weights: Tensor,
+        t: float,
+        cast: CastCache,
+        dtype: torch.dtype,
     ) -> Tensor:
         assert len(targets) == len(z) == len(weights)
-        prototypes = None if v is None else cast(v, z.dtype, g, normed=True)
+        prototypes = None if v is None else cast(v, dtype, g, normed=True)
         wanted = any(ctx.needs_input_grad)
         loss = torch.zeros((), device=z.device)
         dz = torch.zeros_like(z) if wanted else None
         dw = None
         many = max(1, LOGITS_AT_ONCE // (z.shape[1] if v is None else len(v)))
         for start in range(0, len(z), many):
-            part = z[start : start + many].detach()
-            # Scaled here, where it is one number a coordinate of z, and not one a logit.
-            logits = part / t if prototypes is None else (part.float() / t).to(z.dtype) @ prototypes.T
-            loss += _rows(logits, targets, weights, start, t)  # from here on `logits` holds their gradient
-            if dz is None:
-                continue
-            if prototypes is None:
-                dz[start : start + many] = logits
-            else:
-                torch.mm(logits, prototypes, out=dz[start : start + many])
+            # Divided by t here, where it is one number a coordinate of z, and not one a logit; rounded once.
+            part = (z[start : start + many].detach() / t).to(dtype)
+            logits = part if prototypes is None else part @ prototypes.T
+            loss += _rows(logits, targets, weights, start)  # from here on `logits` holds their gradient
+            if dz is not None and prototypes is not None:
+                dz[start : start + many] = logits @ prototypes
                 dw = (logits.T @ part).to(v.dtype) if dw is None else dw.add_(logits.T @ part)  # type: ignore[union-attr]
+            elif dz is not None:
+                dz[start : start + many] = logits
+        if dz is not None:
+            dz /= t
         if wanted and v is not None and g is not None:
             ctx.gradients = (dz, *_through_the_norm(torch.zeros_like(v) if dw is None else dw, v, g))
         else:
@@ -76,11 +88,11 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         del ctx.gradients
         if factor.device.type != "cpu" or factor != 1:  # asking a GPU would wait for it
             found = tuple(None if x is None else x.mul_(factor) for x in found)
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None
 
 
-def _rows(logits_SK: Tensor, targets: Assignment, weights_S: Tensor, start: int, t: float) -> Tensor:
-    """The loss of these rows of logits, already divided by t; they are replaced by its gradient, weight (q - p) / t."""
+def _rows(logits_SK: Tensor, targets: Assignment, weights_S: Tensor, start: int) -> Tensor:
+    """The loss of these rows of logits, already divided by t; they are replaced by its gradient, weight (q - p)."""
     total = torch.zeros((), device=logits_SK.device)
     few = max(1, AT_ONCE // logits_SK.shape[1])
     for i in range(0, len(logits_SK), few):
@@ -89,7 +101,7 @@ def _rows(logits_SK: Tensor, targets: Assignment, weights_S: Tensor, start: int,
         p = targets.rows(start + i, start + i + len(x))
         log_q = torch.log_softmax(x.float() if x.dtype != torch.float64 else x, 1)
         total -= torch.linalg.vecdot((p * log_q).sum(1).to(weight.dtype), weight)
-        x.copy_(log_q.exp_().sub_(p).mul_(weight[:, None] / t))
+        x.copy_(log_q.exp_().sub_(p).mul_(weight[:, None]))
     return total
 
 

@@ -99,10 +99,10 @@ class DINOHead(nn.Module):
         self, x: Float[Tensor, "s d"], targets: Assignment, weights_S: Float[Tensor, "s"], temperature: float
     ) -> Float[Tensor, ""]:
         """sum_s weights_s CE(targets_s, softmax(head(x_s) / temperature)), without ever holding all logits."""
-        z = self.bottleneck(x)
-        last = self.last_layer
-        z = z.to(_product_type(z))
-        return prototype_cross_entropy(z, targets, weights_S, temperature, last.weight_v, last.weight_g, self.cast)
+        z, last = self.bottleneck(x), self.last_layer
+        return prototype_cross_entropy(
+            z, targets, weights_S, temperature, last.weight_v, last.weight_g, self.cast, _product_type(z)
+        )
 
 
 def _product_type(x: Tensor) -> torch.dtype:

@@ -13,9 +13,20 @@ import argparse
 import json
 import subprocess
 import sys
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import yaml
+
+from distill.data.sources import ParquetConfig
+from distill.encoder import TorchEncoder
+from distill.evaluate.pairs import paired_rows
+from distill.evaluate.suite import EvaluateConfig, Subject, evaluate
+from distill.files import sha256_file
+from distill.models.checkpoints import load_backbone, load_preprocess
+from distill.progress import Progress
+from distill.rows import Row
 
 CROPS = {
     "global_size": 32,
@@ -84,14 +95,20 @@ def scratch(args: argparse.Namespace) -> dict:
     return made
 
 
-def measured(run: Path, subject: str) -> dict[str, str]:
-    """Metric -> value with half of its interval."""
-    rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
-    found = {}
-    for row in rows:
-        if row["subject"] == subject and row["target"] == "torch-fp32" and row["metric"] in ("knn_top1", "linear_top1"):
-            found[row["metric"]] = f"{row['value']:.1f} ± {(row['high'] - row['low']) / 2:.1f}"
-    return found
+def judged(args: argparse.Namespace, models: dict[str, Path]) -> list[Row]:
+    """Every model on the same test images, and all pairs of the arms, by their paired difference."""
+    train, test = str(args.train), str(args.test)
+    gallery = ParquetConfig(path=train, limit=4000).build()
+    subjects = []
+    for name, folder in models.items():
+        open_it = partial(lambda f: TorchEncoder(load_backbone(f)), folder)
+        subjects.append(
+            Subject(name, "torch-fp32", open_it, load_preprocess(folder), sha256_file(folder / "backbone.safetensors"))
+        )
+    asked = EvaluateConfig(ks=[10, 20, 50, 100])
+    result = evaluate(asked, subjects, gallery, ParquetConfig(path=test).build(), args.out / "evaluate", Progress("plain"), ())
+    arms = [f"{name}/torch-fp32" for name in models if name != "teacher"]
+    return result.rows + paired_rows(result.predictions, list(combinations(arms, 2)))
 
 
 def log(folder: Path) -> list[dict]:
@@ -110,32 +127,46 @@ def main() -> None:
     parser.add_argument("--fit-images", type=int, default=32_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--curves", action="store_true", help="only the curves so far")
     parser.add_argument("--arms", nargs="+", default=["heads", "match", "both", "scratch"])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    table, curves = [], []
+    models, costs, curves = {}, {}, []
     for arm in args.arms:
         made = scratch(args) if arm == "scratch" else recipe(arm, args)
         file = args.out / f"{arm}.yaml"
         file.write_text(yaml.safe_dump(made, sort_keys=False))
         run = args.out / arm
-        command = [sys.executable, "-m", "recipes.cli", "run", str(file), "--until", "evaluate", "--out", str(run), "--quiet"]
+        until = "pretrain" if arm == "scratch" else "distill"
+        command = [sys.executable, "-m", "recipes.cli", "run", str(file), "--until", until, "--out", str(run)]
         subprocess.run(command, check=True)
-        folder = run / ("teacher" if arm == "scratch" else "students/small")
-        subject = "teacher" if arm == "scratch" else "students/small"
-        fitting = cpu(run / "teacher") if arm == "heads" else 0.0
-        values = measured(run, subject)
-        table.append(f"| {arm} | {values['knn_top1']} | {values['linear_top1']} | {cpu(folder):.0f} | {fitting:.0f} |")
-        probes = [line for line in log(folder) if any(k.startswith("knn") for k in line)]
-        for line in probes:
-            curves.append(f"| {arm} | {line['images']:,} | {next(v for k, v in line.items() if k.startswith('knn')):.1f} |")
-        if arm == "match":
-            values = measured(run, "teacher")
-            table.append(f"| (the teacher at 96 px) | {values['knn_top1']} | {values['linear_top1']} | | |")
-    print("| arm | kNN % | linear % | CPU s of training | CPU s of fitting heads |\n|---|---|---|---|---|")
-    print("\n".join(table))
+        models[arm] = run / ("teacher" if arm == "scratch" else "students/small")
+        costs[arm] = (cpu(models[arm]), cpu(run / "teacher") if arm == "heads" else 0.0)
+        for line in log(models[arm]):
+            if found := [v for k, v in line.items() if k.startswith("knn")]:
+                curves.append(f"| {arm} | {line['images']:,} | {found[0]:.1f} |")
+    if args.curves:
+        print("\n".join(curves))
+        return
+    rows = judged(args, models | {"teacher": args.out / "match" / "teacher"})
+    print("\n| arm | kNN % | linear % | CPU s of training | CPU s of fitting heads |\n|---|---|---|---|---|")
+    for name in [*models, "teacher"]:
+        found = {r.metric: r for r in rows if r.subject == name and "versus" not in r.conditions}
+        cells = [_interval(found.get(m)) for m in ("knn_top1", "linear_top1")]
+        spent = [f"{v:.0f}" for v in costs.get(name, ())] or ["", ""]
+        print(f"| {name} | " + " | ".join([*cells, *spent]) + " |")
+    print("\n| paired difference | metric | points |\n|---|---|---|")
+    for row in rows:
+        if row.metric.endswith("difference") or "versus" in row.conditions:
+            print(
+                f"| {row.subject} - {row.conditions.get('versus')} | {row.metric} | {row.value:+.1f} [{row.low:+.1f}, {row.high:+.1f}] |"
+            )
     print("\n| arm | images seen | kNN % |\n|---|---|---|")
     print("\n".join(curves))
+
+
+def _interval(row: Row | None) -> str:
+    return "" if row is None else f"{row.value:.1f} ± {(row.high - row.low) / 2:.1f}"
 
 
 if __name__ == "__main__":

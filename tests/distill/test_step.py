@@ -235,7 +235,7 @@ def test_kept_vectors_are_the_live_targets_up_to_float16(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [CacheConfig(), CacheConfig(dino_k=5, ibot_k=5)], ids=["vectors", "largest"])
-@pytest.mark.parametrize("off", ["dino", pytest.param("ibot", marks=pytest.mark.xfail(strict=True, reason="Stepper._cached"))])
+@pytest.mark.parametrize("off", ["dino", "ibot"])
 def test_kept_targets_of_one_objective_alone(tmp_path, kept, off):
     config = settings(False, cache=kept, objectives={off: 0.0})
     assert_same_training(cached(tmp_path, config), cached(tmp_path, config, broken=True))
@@ -276,9 +276,6 @@ def test_one_bad_batch_is_skipped_and_forgotten():
     assert all(v.isfinite().all() for v in training.weights().values())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="student_step leaves a bad batch's statistics in batch norms, and update_average copies them"
-)
 def test_one_bad_batch_leaves_no_trace_in_batch_norms():
     backbone = TimmBackbone(TimmConfig(name="test_resnet"))
     made = HeadedBackbone(backbone, DINOHead(backbone.dim, HEAD), DINOHead(backbone.dim, HEAD))
@@ -292,7 +289,6 @@ def test_one_bad_batch_leaves_no_trace_in_batch_norms():
     assert not torch.equal(before["average.backbone.net.conv1.1.running_mean"], backbone.net.conv1[1].running_mean)
 
 
-@pytest.mark.xfail(strict=True, reason="student_step stacks no terms where Gram anchoring alone has not begun")
 def test_anchoring_alone_waits_for_its_start():
     config = settings(False, objectives={"dino": 0.0, "ibot": 0.0, "koleo": 0.0, "gram": GramConfig(start=0.2)})
     training = Training(config, {"one": model()}, model(48, seed=7)).go(3)
@@ -302,12 +298,8 @@ def test_anchoring_alone_waits_for_its_start():
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param(
-            {"teacher_size": 64}, marks=pytest.mark.xfail(strict=True, reason="features of another size are handed on")
-        ),
-        pytest.param(
-            {"masks": MasksConfig(), "mask_input": True}, marks=pytest.mark.xfail(strict=True, reason="so are unmasked ones")
-        ),
+        {"teacher_size": 64},
+        {"masks": MasksConfig(), "mask_input": True},
     ],
     ids=str,
 )
@@ -378,7 +370,7 @@ def test_one_teacher_pass_serves_all_students():
     [
         None,
         MatchConfig(standardize=False),
-        pytest.param(MatchConfig(), marks=pytest.mark.xfail(strict=True, reason="one standardiser observes every grid")),
+        MatchConfig(),
     ],
     ids=["prototypes", "matching", "standardised matching"],
 )
