@@ -195,10 +195,13 @@ def train(
             if world > 1:  # the signal may reach the ranks at different steps, and they must leave together
                 stopping = bool(accelerator.reduce(torch.tensor(int(stopping), device=device), "sum"))
             if probe and config.probe_every and _crossed(step, config.batch, config.probe_every, done == total):
+                paused, cpu_paused = time.monotonic(), time.process_time()
                 for name, student in group.items():
                     average = student.whole_average()  # every process has a part in it
                     if main:
                         logs[name].write({"step": step, "images": done * config.batch, **probe(average.backbone)})
+                # Looking at a training is no part of what it takes.
+                began, cpu_began = began + time.monotonic() - paused, cpu_began + time.process_time() - cpu_paused
             shown = {"loss": sum(next(iter(group.values())).last_terms.values())}
             task.advance(1, **shown)
             loop.stop_if_dead(step, told)
