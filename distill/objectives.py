@@ -102,8 +102,7 @@ def make_centrings(config: ObjectivesConfig, teacher: HeadedBackbone, grids: Seq
     if config.ibot and teacher.patch_head is not None:
         made.update({f"ibot{grid or ''}": kind(teacher.patch_head.config.prototypes) for grid in grids})
     if config.match is not None and config.match.standardize:
-        standardiser = partial(FeatureStandardizer, teacher.backbone.dim, config.match.standardize_steps)
-        made.update({f"standardise{grid or ''}": standardiser() for grid in grids})
+        made["standardise"] = FeatureStandardizer(teacher.backbone.dim, config.match.standardize_steps)
     return made
 
 
@@ -129,6 +128,11 @@ class Guide:
             found.append(self.teacher(crops, None, lambda _, features: features))
         return found
 
+    def observe(self, features: Sequence[Features]) -> None:
+        """Take a step's features (of all micro-batches) into the standardiser's statistics; once a step, before `targets`."""
+        if "standardise" in self.centrings:
+            self.centrings["standardise"].observe(features)
+
     @torch.no_grad()
     def targets(
         self,
@@ -152,10 +156,10 @@ class Guide:
         if not (self.config.needs_features() or share_features):
             return found
         on_grid = [resampled(f, grid) for f in features]
-        standard: Any = on_grid
-        if (name := f"standardise{grid or ''}") in self.centrings:
-            self.centrings[name].observe(on_grid)
-            standard = [self.centrings[name](f) for f in on_grid]
+        standard = on_grid
+        if "standardise" in self.centrings:
+            # On the teacher's own grid: resampling is a weighted mean, before or after is the same.
+            standard = [resampled(self.centrings["standardise"](f), grid) for f in features]
         return [
             Targets(
                 t.dino,

@@ -152,6 +152,7 @@ class Stepper:
             (grid,) = grids
             return {grid: self._cached(self.cache, step, batch, parts, chosen[grid], grid)}
         features = self.guide.look(parts)
+        self.guide.observe(features)
         anchors = [f.patches for f in features]
         if "anchor" in self.extras and step >= self.gram_from:
             anchors = [self.extras["anchor"](part.global_crops).patches for part in parts]

@@ -46,7 +46,7 @@ OPTIM = {
     "patch_embed_lr": 1.0,
 }
 HEAD = {"prototypes": 1024, "hidden": 512, "bottleneck": 128, "init": "fan_in"}
-SHAPE = {"arch": "vit_small", "patch": 4, "image_size": 32, "dim": 128, "depth": 4, "heads": 4}
+SHAPE = {"arch": "vit_small", "patch": 4, "image_size": 32, "dim": 96, "depth": 4, "heads": 3}
 STUDENT = SHAPE | {"layer_scale": 1.0, "init": "fan_in", "pos_offset": 0.0}
 CLUSTERS = {"dino": 1.0, "ibot": 1.0, "koleo": 0.1, "teacher_temperature": [0.04, 0.04]}
 FEATURES = {"dino": 0.0, "ibot": 0.0, "koleo": 0.1, "match": {"hidden": 512}}
