@@ -131,7 +131,8 @@ class Guide:
     def observe(self, features: Sequence[Features]) -> None:
         """Take a step's features (of all micro-batches) into the standardiser's statistics; once a step, before `targets`."""
         if "standardise" in self.centrings:
-            self.centrings["standardise"].observe(features)
+            standardiser: Any = self.centrings["standardise"]
+            standardiser.observe(features)
 
     @torch.no_grad()
     def targets(

@@ -181,22 +181,23 @@ class Stepper:
         asked, teacher, n = self.config.objectives, self.teacher, len(chosen)
         weights = [patch_weights(c) for c in chosen]
         cls_rows, patch_rows = rows_of_crops(len(whole), n, whole.device), rows_of_patches(whole, n)
-        vectors: list[list[Tensor]] = [[], []]
+        cls_vectors: list[Tensor] = []
+        patch_vectors: list[Tensor] = []
         dino: list[Any] = [None] * n
         ibot: list[Any] = [None] * n
         if asked.dino and isinstance(kept.dino, TopK):
             assert teacher.dino is not None
             full = dense(kept.dino, teacher.dino.config.prototypes)
             dino = [full[rows].view(2, len(rows) // 2, -1) for rows in cls_rows]
-        elif asked.dino:
-            vectors[0] = [kept.dino[rows] for rows in cls_rows]
+        elif kept.dino is not None and asked.dino:
+            cls_vectors = [kept.dino[rows] for rows in cls_rows]
         if asked.ibot and isinstance(kept.ibot, TopK):
             assert teacher.patch_head is not None
             k = teacher.patch_head.config.prototypes
             ibot = [Sparse(TopK(kept.ibot.values[r], kept.ibot.indices[r]), k) for r in patch_rows]
-        elif asked.ibot:
-            vectors[1] = [kept.ibot[rows] for rows in patch_rows]
-        made = self.guide.centred(*vectors, weights, t, grid)
+        elif kept.ibot is not None and asked.ibot:
+            patch_vectors = [kept.ibot[rows] for rows in patch_rows]
+        made = self.guide.centred(cls_vectors, patch_vectors, weights, t, grid)
         return [
             Targets(m.dino if d is None else d, m.ibot if i is None else i, m.weights)
             for m, d, i in zip(made, dino, ibot, strict=True)

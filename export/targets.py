@@ -15,8 +15,8 @@ from distill.config import Config
 from distill.data.preprocess import Preprocess
 from distill.errors import UserError
 from distill.files import sha256_file, write_bytes, write_json
-from distill.models.backbone import Backbone
 from distill.models.checkpoints import load_backbone, load_preprocess
+from distill.models.kinds import AnyBackbone
 from distill.progress import Progress
 from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile, TensorSpec, read_artifact
 from export.engine import RTX_CAPABILITIES, EngineRuntime, build_engine, load_runtime
@@ -269,7 +269,7 @@ def _artifact(
     )
 
 
-def _new_entry(path: Path, backbone: Backbone, preprocess: Preprocess) -> ArtifactFile:
+def _new_entry(path: Path, backbone: AnyBackbone, preprocess: Preprocess) -> ArtifactFile:
     """The description of a file that has no predecessor."""
     size, tokens = preprocess.size, (preprocess.size // backbone.patch) ** 2
     shapes: list[list[int | str]] = [["batch", backbone.dim], ["batch", tokens, backbone.dim]]

@@ -93,7 +93,12 @@ def run(
 
 
 @app.command()
-def check(recipe: RecipeName, settings: Settings = [], out: Out = None) -> None:  # noqa: B006
+def check(
+    recipe: RecipeName,
+    settings: Settings = [],  # noqa: B006
+    out: Out = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Over how many devices the memory is estimated.")] = 1,
+) -> None:
     """Validate a recipe and print its plan: models, sizes, cost, and which stages would run. Does nothing."""
     with sentences():
         from rich.console import Console
@@ -103,7 +108,7 @@ def check(recipe: RecipeName, settings: Settings = [], out: Out = None) -> None:
         from recipes.schema import Recipe
 
         loaded, _ = load_recipe(recipe, settings, Recipe)
-        Console().print(describe(loaded, out or Path("runs") / loaded.name))
+        Console().print(describe(loaded, out or Path("runs") / loaded.name, processes))
 
 
 @app.command("eval")

@@ -1,6 +1,6 @@
 """What `decant check` prints: the models with their sizes, the cost of each training, and which stages would run, and why. Does nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -210,44 +210,37 @@ def _memory(found: list[Training], r: Recipe, processes: int) -> Table:
     """Bytes on each device by what they are for."""
     of = "one device" if processes == 1 else f"each of {processes} devices"
     table = Table(title=f"Memory on {of}, about (GiB)", title_justify="left")
-    columns = (
-        "stage",
-        "weights",
-        "averages",
-        "gradients",
-        "Adam",
-        "teacher",
-        "copies",
-        "activations",
-        "targets",
-        "images",
-        "in all",
-    )
-    for name in columns:
-        table.add_column(name, justify="left" if name == "stage" else "right")
+    table.add_column("what")
     ways = [("", r.runtime)]
     if processes > 1:
-        ways = [(way, r.runtime.model_copy(update={"shard": way == ", sharded"})) for way in (", copied", ", sharded")]
+        ways = [(way, r.runtime.model_copy(update={"shard": way == "sharded"})) for way in ("copied", "sharded")]
+    columns: list[Memory | None] = []
     for t in found:
         for way, runtime in ways if not t.unknown else [("", r.runtime)]:
-            if t.unknown:
-                table.add_row(t.stage, *["open"] * (len(columns) - 1))
-                continue
-            m: Memory = estimate(t.config, t.teacher, t.students, processes, runtime)
-            parts = (
-                m.weights,
-                m.averages,
-                m.gradients,
-                m.adam,
-                m.teacher,
-                m.casts,
-                m.activations,
-                m.targets,
-                m.images,
-                m.total(),
-            )
-            table.add_row(t.stage + way, *(rounded(x / 2**30, 2) if x >= 2**20 else "0" for x in parts))
+            table.add_column(f"{t.stage}\n{way}".strip(), justify="right")
+            columns.append(None if t.unknown else estimate(t.config, t.teacher, t.students, processes, runtime))
+    for name, part in PARTS.items():
+        cells = ["open" if m is None else _gib(part(m)) for m in columns]
+        table.add_row(name, *cells, end_section=name == "images")
     return table
+
+
+def _gib(size: float) -> str:
+    return rounded(size / 2**30, 2) if size >= 2**20 else "0"
+
+
+PARTS: dict[str, Callable[[Memory], float]] = {
+    "weights": lambda m: m.weights,
+    "averages": lambda m: m.averages,
+    "gradients": lambda m: m.gradients,
+    "Adam": lambda m: m.adam,
+    "frozen teacher": lambda m: m.teacher,
+    "copies of weights": lambda m: m.casts,
+    "activations": lambda m: m.activations,
+    "targets and logits": lambda m: m.targets,
+    "images": lambda m: m.images,
+    "in all": lambda m: m.total(),
+}
 
 
 def _stages(r: Recipe, run: Path) -> Iterator[RenderableType]:

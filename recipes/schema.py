@@ -181,7 +181,25 @@ class Recipe(Config):
         return training.model_copy(update={"objectives": objectives, "monitors": monitors})
 
     def problems(self) -> list[Problem]:
-        return [*_own_problems(self, ""), *self._names(), *self._shapes(), *self._heads(), *self._objectives()]
+        return [*_own_problems(self, ""), *self._names(), *self._shapes(), *self._heads(), *self._objectives(), *self._pieces()]
+
+    def _pieces(self) -> Iterator[Problem]:
+        """Batches that are cut: into micro-batches, and into KoLeo's groups."""
+        micro = self.runtime.micro_batch
+        for section, one in [*((f"teacher.{n}", t) for n, t in self.teacher.trainings().items()), ("distill", self.distill)]:
+            group = one.objectives.koleo_group
+            if not one.objectives.koleo or section == "teacher.fit_heads":
+                continue
+            if micro is not None and micro < one.batch and group is None:
+                yield (
+                    "runtime.micro_batch",
+                    f"cuts batches, and KoLeo looks for neighbours in all of one: set {section}.objectives.koleo_group to a divisor of {micro}",
+                )
+            elif group is not None and (min(micro or one.batch, one.batch) % group or one.batch % group):
+                yield (
+                    f"{section}.objectives.koleo_group",
+                    f"{group} must divide the {min(micro or one.batch, one.batch)} images taken at once",
+                )
 
     def _names(self) -> Iterator[Problem]:
         # Names become folders; this rules out paths, hidden files and what Windows cannot store.
@@ -231,11 +249,11 @@ class Recipe(Config):
             if name in self.teacher.trainings():
                 met += _crop_sizes(f"teacher.{name}", self.teacher.trainings()[name], mine)
         met.append(("distill.teacher_size", self.distill.teacher_size or self.distill.crops.global_size, mine))
-        for path, size, patch in met:
-            if patch and (size % patch or size < patch):
+        for path, size, side in met:
+            if side and (size % side or size < side):
                 yield (
                     path,
-                    f"{size} px is not a multiple of the patch of {patch} px; the nearest is {max(patch, round(size / patch) * patch)}",
+                    f"{size} px is not a multiple of the patch of {side} px; the nearest is {max(side, round(size / side) * side)}",
                 )
 
     def _heads(self) -> Iterator[Problem]:

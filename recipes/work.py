@@ -17,14 +17,16 @@ from distill.encoder import TorchEncoder
 from distill.errors import UserError
 from distill.files import sha256_file
 from distill.memory import refuse_if_too_large, training_bytes_of
-from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, save_model
+from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, model_info, save_model
 from distill.models.foreign import load_teacher
 from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
-from distill.models.kinds import AnyConfig, make_backbone
+from distill.models.kinds import AnyConfig, backbone_measures, make_backbone, read_config
 from distill.models.match_head import MatchHead
 from distill.objectives import ObjectivesConfig
 from distill.progress import Progress
+from distill.runtime import uses_bf16
+from distill.sharding import load_sharded
 from distill.targets_cache import TargetsCache
 from distill.train import TrainConfig, train
 from recipes.data import Data
@@ -48,15 +50,19 @@ def fresh_model(
     return HeadedBackbone(made, heads[0] if asked.dino or shared else None, heads[1] if asked.ibot else None, match)
 
 
-def load_teacher_model(folder: Path, asked: ObjectivesConfig) -> HeadedBackbone:
-    """A trained model with the heads that the objectives need.
+def load_teacher_model(folder: Path, asked: ObjectivesConfig, sharded: bool = False, precision: str = "fp32") -> HeadedBackbone:
+    """A trained model with the heads that the objectives need; `sharded` over the processes, it is nowhere whole.
 
     Raises:
         UserError: it has none.
     """
-    backbone = load_backbone(folder)
-    heads = load_heads(folder, backbone.dim) if asked.needs_heads() else {}
-    model = HeadedBackbone(backbone, heads.get("dino"), heads.get("ibot"))
+    if sharded:
+        width = backbone_measures(read_config(model_info(folder)["backbone"]))[0]
+        model = load_sharded(folder, bf16=uses_bf16(precision, width))
+    else:
+        backbone = load_backbone(folder)
+        heads = load_heads(folder, backbone.dim) if asked.needs_heads() else {}
+        model = HeadedBackbone(backbone, heads.get("dino"), heads.get("ibot"))
     for kind, head in (("dino", model.dino), ("ibot", model.patch_head)):
         if getattr(asked, kind) and head is None:
             raise UserError(
@@ -184,8 +190,11 @@ def distill(r: Recipe, data: Data, run: Path) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         if finished([folder / name for name in r.students], folder):
             return
+        from accelerate import PartialState
+
         asked = r.distill.objectives
-        teacher = load_teacher_model(run / "teacher", asked)
+        sharded = r.runtime.shard and PartialState().num_processes > 1
+        teacher = load_teacher_model(run / "teacher", asked, sharded, r.distill.precision)
         students = {name: fresh_student(r, name, asked, teacher.backbone.dim) for name in r.students}
         subjects = {name: f"students/{name}" for name in students}
         trained = run_training(

@@ -131,6 +131,7 @@ class Backbone(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, dim)) if config.registers else None
         self.cast = CastCache()
+        block: Any
         for block in self.blocks:
             block.drop_rate, block.recompute, block.plain, block.cast = config.drop_path, False, False, self.cast
         self._init_weights()
@@ -151,6 +152,7 @@ class Backbone(nn.Module):
 
     def train_with(self, recompute: bool, compiled: bool) -> None:
         """How blocks train: keep only their inputs and run them again in the backward pass, and through torch.compile or not."""
+        block: Any
         for block in self.blocks:
             block.recompute, block.plain = recompute, compiled
             if compiled:

@@ -61,7 +61,8 @@ class Block(TimmBlock):
         return torch.index_add(x_BTD, 0, chosen, residual, alpha=b / keep)
 
     def _attention(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        norm, attn = self.norm1, self.attn
+        norm: Any = self.norm1
+        attn: Any = self.attn
         if self.plain or not _ordinary(attn):
             return self.ls1(attn(norm(x)))
         qkv = NormLinear.apply(x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, norm.eps, dtype, self.cast)
@@ -70,7 +71,8 @@ class Block(TimmBlock):
         )
 
     def _feed_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        norm, mlp = self.norm2, self.mlp
+        norm: Any = self.norm2
+        mlp: Any = self.mlp
         if self.plain:
             return self.ls2(mlp(norm(x)))
         inside = (norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias)

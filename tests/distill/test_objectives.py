@@ -250,6 +250,7 @@ def test_a_shared_backbones_features_are_handed_on_as_they_are():
     config = ObjectivesConfig(match=MatchConfig())
     g, part = guide(model(48, seed=1), config), batch()
     features = g.look([part])
+    g.observe(features)
     (t,) = g.targets(features, [part.masks], 0.07, share_features=True)
     assert t.seen is features[0]
     assert t.features is not None
