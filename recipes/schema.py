@@ -193,7 +193,7 @@ class Recipe(Config):
             if micro is not None and micro < one.batch and group is None:
                 yield (
                     "runtime.micro_batch",
-                    f"cuts batches, and KoLeo looks for neighbours in all of one: set {section}.objectives.koleo_group to a divisor of {micro}",
+                    f"cuts batches, and KoLeo looks for neighbours in all of one: let {section}.objectives.koleo_group divide {micro}",
                 )
             elif group is not None and (min(micro or one.batch, one.batch) % group or one.batch % group):
                 yield (
@@ -248,7 +248,11 @@ class Recipe(Config):
         for name in ("train", "high_res"):
             if name in self.teacher.trainings():
                 met += _crop_sizes(f"teacher.{name}", self.teacher.trainings()[name], mine)
-        met.append(("distill.teacher_size", self.distill.teacher_size or self.distill.crops.global_size, mine))
+        seen = self.distill.crops.global_size
+        if self.distill.teacher_size is not None:
+            met.append(("distill.teacher_size", self.distill.teacher_size, mine))
+        elif not any(p > 0 and seen % p for p in patches.values()):  # else that is said already
+            met.append(("distill.teacher_size", seen, mine))
         for path, size, side in met:
             if side and (size % side or size < side):
                 yield (
