@@ -13,6 +13,7 @@ from distill.errors import DecantError
 from distill.memory import Memory, Shape, chosen_patches, estimate
 from distill.models.backbone import BackboneConfig
 from distill.models.checkpoints import model_info
+from distill.models.foreign import files_of
 from distill.models.heads import HeadConfig
 from distill.models.kinds import AnyConfig, backbone_flops, backbone_measures, backbone_parameters, read_config
 from distill.models.match_head import match_head_parameters
@@ -250,7 +251,10 @@ def _stages(r: Recipe, run: Path) -> Iterator[RenderableType]:
     if remote := [f"data.{role} ({name})" for role, name in _not_here(r)]:
         yield Text(f"Which stages would run is open: {' and '.join(remote)} would have to be fetched first.", style="yellow")
         return
-
+    load = r.teacher.load
+    for path in () if load is None else (p for p in (load.path, load.heads) if p is not None):
+        if not files_of(load.kind, Path(path).expanduser()):  # type: ignore[union-attr]
+            yield Text(f"The teacher cannot be loaded: there is no {load.kind} model at {path}.", style="yellow")  # type: ignore[union-attr]
     table = Table(title=f"Stages, into {run}", title_justify="left")
     for name in ("stage", "would", "because"):
         table.add_column(name)

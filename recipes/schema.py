@@ -10,11 +10,12 @@ from distill.config import Config
 from distill.data.loader import MasksConfig
 from distill.data.preprocess import Preprocess
 from distill.data.sources import SourceConfig
+from distill.errors import UserError
 from distill.evaluate.suite import EvaluateConfig
 from distill.models.backbone import BackboneConfig
 from distill.models.foreign import LoadConfig
 from distill.models.heads import HeadConfig
-from distill.models.kinds import AnyConfig, BackboneChoice
+from distill.models.kinds import AnyConfig, BackboneChoice, Demands, demands
 from distill.objectives import ObjectivesConfig
 from distill.runtime import RuntimeConfig
 from distill.train import TrainConfig
@@ -111,7 +112,7 @@ class TeacherConfig(Config):
 
     def shape(self) -> AnyConfig | None:
         """The backbone that is trained here; None where a file says what it is."""
-        return None if self.load is not None else self.backbone or BackboneConfig(arch="vit_giant")
+        return None if self.train is None else self.backbone or BackboneConfig(arch="vit_giant")
 
     def trainings(self) -> dict[str, TrainConfig]:
         """Its own trainings by setting, in their order."""
@@ -181,7 +182,15 @@ class Recipe(Config):
         return training.model_copy(update={"objectives": objectives, "monitors": monitors})
 
     def problems(self) -> list[Problem]:
-        return [*_own_problems(self, ""), *self._names(), *self._shapes(), *self._heads(), *self._objectives(), *self._pieces()]
+        return [
+            *_own_problems(self, ""),
+            *self._names(),
+            *self._networks(),
+            *self._shapes(),
+            *self._heads(),
+            *self._objectives(),
+            *self._pieces(),
+        ]
 
     def _pieces(self) -> Iterator[Problem]:
         """Batches that are cut: into micro-batches, and into KoLeo's groups."""
@@ -218,6 +227,30 @@ class Recipe(Config):
             yield "evaluate.seed", f"must be at least 0, got {self.evaluate.seed}"
         if self.input.size not in self.resolutions():
             yield "export.resolutions", f"must contain input.size {self.input.size}: artifacts are compared with PyTorch there"
+
+    def _networks(self) -> Iterator[Problem]:
+        """What a network from elsewhere cannot do."""
+        for path, backbone in (
+            ("teacher.backbone", self.teacher.shape()),
+            *((f"students.{n}.backbone", s.backbone) for n, s in self.students.items()),
+        ):
+            if backbone is None or backbone.problems():
+                continue
+            try:
+                can = demands(backbone)
+            except UserError as e:
+                yield path, str(e).rstrip(".")
+                continue
+            name = getattr(backbone, "name", "")
+            if not can.exports and path.startswith("students."):
+                yield f"{path}.name", f"{name} cannot be exported: a student is ours or one of timm's plain Vision Transformers"
+            if not can.masks and path == "teacher.backbone":
+                for section, one in self.teacher.trainings().items():
+                    if one.mask_input:
+                        yield (
+                            f"teacher.{section}.mask_input",
+                            f"must be false, with objectives.ibot: 0: {name} cannot mask its input, only Vision Transformers can",
+                        )
 
     def _shapes(self) -> Iterator[Problem]:
         patches = {n: p for n, s in self.students.items() if (p := known_patch(s.backbone))}
@@ -350,8 +383,16 @@ class Recipe(Config):
 
 
 def known_patch(backbone: AnyConfig | None) -> int | None:
-    """The patch in pixels that a config states; None where only the network itself knows."""
-    return None if backbone is None else backbone.patch
+    """Of which sizes in pixels must be multiples; None where there is no such rule, or only the network itself knows."""
+    return None if (asks := known_demands(backbone)) is None else asks.patch
+
+
+def known_demands(backbone: AnyConfig | None) -> Demands | None:
+    """What a backbone asks for; None where a file says what it is, or nothing can (which `_networks` reports)."""
+    try:
+        return None if backbone is None else demands(backbone)
+    except UserError:
+        return None
 
 
 def _crop_sizes(section: str, training: TrainConfig, patch: int | None) -> list[tuple[str, int, int | None]]:

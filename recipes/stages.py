@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from distill.files import sha256_file, sha256_json
-from distill.models.foreign import LoadConfig
+from distill.models.foreign import LoadConfig, files_of
 from export.targets import in_order, prerequisites
 from recipes import shipping, work
 from recipes.data import Data
@@ -133,16 +133,8 @@ def _teacher(r: Recipe, data: Data, run: Path, settings: dict, train: dict) -> l
 
 def _files(load: LoadConfig) -> dict[str, str]:
     """What a loaded teacher's files are: their hashes, where they are there."""
-    paths = [Path(p).expanduser() for p in (load.path, load.heads) if p is not None]
-    return {str(p): _hash(p) for p in paths if p.exists()}
-
-
-def _hash(path: Path) -> str:
-    """Of a file, or of a folder's weights and configs."""
-    if path.is_file():
-        return sha256_file(path)
-    files = sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".json") and f.is_file())
-    return sha256_json({str(f.relative_to(path)): sha256_file(f) for f in files})
+    found = {p: files_of(load.kind, Path(p).expanduser()) for p in (load.path, load.heads) if p is not None}
+    return {p: sha256_json({f.name: sha256_file(f) for f in files}) if files else "missing" for p, files in found.items()}
 
 
 def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:

@@ -21,7 +21,7 @@ from distill.models.checkpoints import load_backbone, load_heads, load_preproces
 from distill.models.foreign import load_teacher
 from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
-from distill.models.kinds import AnyConfig, backbone_measures, make_backbone, read_config
+from distill.models.kinds import AnyBackbone, AnyConfig, backbone_measures, make_backbone, read_config
 from distill.models.match_head import MatchHead
 from distill.objectives import ObjectivesConfig
 from distill.progress import Progress
@@ -149,7 +149,11 @@ def load(r: Recipe) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         assert r.teacher.load is not None
         loaded = load_teacher(r.teacher.load)
+        if loaded.heads and r.teacher.fit_heads is not None:
+            said = f"load: the {_listed(loaded.heads)} heads of {r.teacher.load.path} are left aside: teacher.fit_heads makes new ones"
+            progress.say(said, warning=True)
         size = r.distill.teacher_size or r.input.size
+        refuse_sizes(loaded.backbone, {"distill.teacher_size": size})
         resize = round(r.input.preprocess().resize * size / r.input.size)
         preprocess = replace(loaded.preprocess, size=size, resize=max(size, resize))
         save_model(folder, loaded.backbone, preprocess, loaded.heads, loaded.lineage)
@@ -165,6 +169,9 @@ def fit_heads(r: Recipe, data: Data, run: Path, before: Path) -> Work:
         training = r.fit_training()
         torch.manual_seed(r.seed * 1000 + 500)
         backbone = load_backbone(run / before).requires_grad_(False)
+        crops = training.crops
+        sizes = {"global_size": crops.global_size} | ({"local_size": crops.local_size} if crops.local_count else {})
+        refuse_sizes(backbone, {f"teacher.fit_heads.crops.{n}": size for n, size in sizes.items()})
         ibot = r.teacher.ibot_head
         asked = training.objectives
         dino = DINOHead(backbone.dim, r.teacher.dino_head) if asked.dino or ibot is None else None
@@ -195,6 +202,10 @@ def distill(r: Recipe, data: Data, run: Path) -> Work:
         asked = r.distill.objectives
         sharded = r.runtime.shard and PartialState().num_processes > 1
         teacher = load_teacher_model(run / "teacher", asked, sharded, r.distill.precision)
+        if r.teacher.load is not None:
+            if not sharded:
+                refuse_sizes(teacher.backbone, {"distill.teacher_size": r.distill.teacher_size or r.distill.crops.global_size})
+            refuse_other_heads(r, teacher)
         students = {name: fresh_student(r, name, asked, teacher.backbone.dim) for name in r.students}
         subjects = {name: f"students/{name}" for name in students}
         trained = run_training(
@@ -204,6 +215,53 @@ def distill(r: Recipe, data: Data, run: Path) -> Work:
         save_trained(r, {folder / name: model for name, model in trained.items()}, r.distill, "distill", folder)
 
     return work
+
+
+def refuse_sizes(backbone: AnyBackbone, sizes: dict[str, int]) -> None:
+    """A file says only when it is read which images its network takes.
+
+    Args:
+        sizes: in pixels, by setting.
+
+    Raises:
+        UserError: it does not take one of them.
+    """
+    for setting, size in sizes.items():
+        try:
+            if backbone.blocks and size % backbone.patch:
+                raise ValueError(f"{size} is no multiple of its patch of {backbone.patch} px")
+            if not backbone.blocks:
+                with torch.no_grad():
+                    backbone.eval()(torch.zeros(1, 3, size, size))
+        except (AssertionError, RuntimeError, ValueError) as e:  # as networks refuse sizes
+            nearest = max(backbone.patch, round(size / backbone.patch) * backbone.patch)
+            why = " ".join(str(e).split())[:160]
+            raise UserError(
+                f"The loaded teacher does not take images of {size} px ({why}): set {setting}, to {nearest} for one."
+            ) from e
+
+
+def refuse_other_heads(r: Recipe, teacher: HeadedBackbone) -> None:
+    """Heads that came with a loaded teacher decide what the students' must be.
+
+    Raises:
+        UserError: a student's are others.
+    """
+    asked = r.distill.objectives
+    if asked.ibot and teacher.ibot is not None and r.teacher.ibot_head is None:
+        raise UserError(
+            "The loaded teacher has an ibot head of its own: set teacher.ibot_head to "
+            f"{{prototypes: {teacher.ibot.config.prototypes}}}, so that students get one too."
+        )
+    for name in r.students:
+        dino, ibot = r.heads_of(name)
+        for kind, mine, theirs in (("dino", dino, teacher.dino), ("ibot", ibot or dino, teacher.patch_head)):
+            if getattr(asked, kind) and theirs is not None and mine.prototypes != theirs.config.prototypes:
+                setting = f"{kind if kind == 'dino' or ibot is not None else 'dino'}_head.prototypes"
+                raise UserError(
+                    f"The loaded teacher's {kind} head has {theirs.config.prototypes} prototypes, that of students.{name} "
+                    f"{mine.prototypes}: set teacher.{setting} (or the student's own) to {theirs.config.prototypes}."
+                )
 
 
 def targets_cache(r: Recipe, data: Data, run: Path) -> TargetsCache:

@@ -21,9 +21,9 @@ from distill.models.heads import DINOHead
 from distill.models.kinds import AnyBackbone, skeleton
 from distill.models.names import from_efficientnet_pytorch
 from distill.models.official import published_preprocess, read_official
-from distill.models.state_files import fill, read_state
+from distill.models.state_files import INDEX, fill, read_state
 from distill.models.timm_backbone import Option, TimmBackbone, TimmConfig, make_net, preprocess_of
-from distill.models.transformers_format import read_transformers
+from distill.models.transformers_format import WEIGHTS, read_transformers
 
 TIMM_FILES = "timm's weights are on the Hugging Face hub as timm/NAME (model.safetensors)"
 
@@ -107,7 +107,8 @@ def load_teacher(config: LoadConfig) -> Loaded:
     """
     if problems := config.problems():
         raise UserError(f"{problems[0]}.")
-    loaded = LOADERS[config.kind](config)
+    home = {n: str(Path(p).expanduser()) for n in ("path", "heads") if (p := getattr(config, n)) is not None}
+    loaded = LOADERS[config.kind](config.model_copy(update=home))
     loaded.backbone.eval()
     for head in loaded.heads.values():
         head.eval()
@@ -201,12 +202,28 @@ def load_transformers(config: LoadConfig) -> Loaded:
     return Loaded(backbone, {}, preprocess, lineage(config))
 
 
+def files_of(kind: str, path: Path) -> list[Path]:
+    """The files that a teacher is read from, sorted; empty where there are none."""
+    if kind == "run":
+        found = [run_model(path) / name for name in ("model.json", "backbone.safetensors", "heads.safetensors")]
+    elif kind == "transformers":
+        found = [path / name for name in ("config.json", "preprocessor_config.json", *WEIGHTS)] + sorted(
+            path.glob("*.safetensors")
+        )
+    else:
+        found = [path, *(sorted(path.parent.glob("*.safetensors")) if path.name.endswith(INDEX) else [])]
+    return sorted({f for f in found if f.is_file()})
+
+
+def run_model(path: Path) -> Path:
+    """A model folder, or the teacher's in a run folder."""
+    return path / "teacher" if not (path / "model.json").is_file() and (path / "teacher" / "model.json").is_file() else path
+
+
 def load_run(config: LoadConfig) -> Loaded:
     """A model folder, or the teacher of a run folder."""
     assert config.path is not None
-    folder = Path(config.path)
-    if not (folder / "model.json").is_file() and (folder / "teacher" / "model.json").is_file():
-        folder = folder / "teacher"
+    folder = run_model(Path(config.path))
     backbone = load_backbone(folder)
     heads = load_heads(folder, backbone.dim)
     return Loaded(backbone, heads, load_preprocess(folder), lineage(config, of=model_info(folder).get("lineage", {})))

@@ -4,7 +4,8 @@ A backbone is any module with `config`, `dim`, `patch` (pixels that a patch toke
 and `forward(images [B, 3, H, W], masks [B, N] bool | None) -> Features`.
 """
 
-from typing import Annotated, Any
+from functools import lru_cache
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Discriminator, Tag
@@ -85,3 +86,34 @@ def backbone_measures(config: AnyConfig) -> tuple[int, int, int]:
         return dim, config.patch, depth
     backbone = skeleton(config)
     return backbone.dim, backbone.patch, backbone.n_blocks
+
+
+class Demands(NamedTuple):
+    """What a backbone asks of those who use it.
+
+    Attributes:
+        patch: of which sizes in pixels must be multiples; None for a network that pads, or whose rule only it knows.
+        masks: whether its input can be masked; exports: whether it can become an ONNX file.
+    """
+
+    patch: int | None
+    masks: bool
+    exports: bool
+
+
+def demands(config: AnyConfig) -> Demands:
+    """What a config says, without weights in memory.
+
+    Raises:
+        UserError: timm cannot make it with these settings.
+    """
+    if isinstance(config, BackboneConfig):
+        return Demands(config.patch, True, True)
+    return _demands_of_timm(config.model_dump_json())
+
+
+@lru_cache
+def _demands_of_timm(config: str) -> Demands:
+    backbone = skeleton(TimmConfig.model_validate_json(config))
+    assert isinstance(backbone, TimmBackbone)
+    return Demands(backbone.patch if backbone.steps_known else None, backbone.steps_known, backbone.is_vit)
