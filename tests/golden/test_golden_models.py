@@ -1,5 +1,7 @@
 """Items 04, 05 and 05b: the reference's heads and backbones, weights in official names."""
 
+import re
+
 import pytest
 import torch
 
@@ -32,38 +34,62 @@ FILES = ["05_vit_mlp_reg0", "05_vit_mlp_reg4", "05_vit_swiglu_reg0", "05_vit_swi
 @torch.no_grad()
 def test_backbone_golden(vectors, name):
     v = vectors(name)
-    checked = 0
+    checked = set()
     for variant in v.children("out/"):
         offset, antialias = variant.removeprefix("off").split("_")
         model = backbone_of(v, pos_offset=float(offset), pos_antialias=antialias == "aa")
         for size in v.children(f"out/{variant}/"):
-            h, w = (int(s) for s in size.split("x"))
-            images, out = v[f"in/x_{size}"], v.under(f"out/{variant}/{size}/")
-            close = lambda got, want, tol=3e-5: torch.testing.assert_close(got, want, rtol=0, atol=tol)  # noqa: E731
-            if "pos_embed" in out:
-                close(model.position(h // model.patch, w // model.patch), out["pos_embed"], 1e-6)
-            features = model(images)
-            close(features.cls, out["x_norm_clstoken"])
-            checked += 1
-            if "x_norm_patchtokens" in out:
-                close(features.patches, out["x_norm_patchtokens"])
-            if "prepared_tokens" in out:
-                close(model.tokens(images), out["prepared_tokens"])
-            if "masked/x_norm_clstoken" in out:
-                masked = model(images, v[f"in/masks_{size}"])
-                close(masked.cls, out["masked/x_norm_clstoken"])
-                close(masked.patches, out["masked/x_norm_patchtokens"])
-            for kind, layers, norm in (
-                ("intermediate_last2", [model.n_blocks - 2, model.n_blocks - 1], True),
-                ("intermediate_0_2_unnormed_reshaped", [0, 2], False),
-            ):
-                if f"{kind}/0/cls" not in out:
-                    continue
-                for i, got in enumerate(model.intermediate(images, layers, norm)):
-                    close(got.cls, out[f"{kind}/{i}/cls"])
-                    want = out[f"{kind}/{i}/patch"]
-                    close(got.patches, want.flatten(2).transpose(1, 2) if want.ndim == 4 else want)
-    assert checked > 0
+            at = f"{variant}/{size}"
+            images = v[f"in/x_{size}"]
+            grid = tuple(int(s) // model.patch for s in size.split("x"))
+            masks = v.get(f"in/masks_{size}")
+            results = {
+                "pos_embed": model.position(*grid),
+                "patch_embed_tokens": model.patch_embed(images).flatten(1, 2),
+                "prepared_tokens": model.tokens(images),
+                **outputs(model, images, None),
+            }
+            if masks is not None:
+                results |= {f"masked/{k}": x for k, x in outputs(model, images, masks).items()}
+            results |= intermediates(model, images, v.children(f"out/{at}/"), grid)
+            for key, got in results.items():
+                if f"out/{at}/{key}" in v:
+                    what = re.sub(r"/\d/.*", "", key).replace("/", ": ")
+                    v.close(f"{at}/{key}", got, what, atol=1e-6 if key == "pos_embed" else 3e-5)
+                    checked.add(f"out/{at}/{key}")
+            part = "" if masks is None else "masked/"
+            for key, got in outputs(model.train(), images, masks).items():  # other arithmetic: models/fused.py
+                if f"out/{at}/{part}{key}" in v:
+                    v.close(f"{at}/{part}{key}", got, f"{key}, by the blocks of training", atol=3e-5)
+            model.eval()
+    assert checked == {n for n in v.names if n.startswith("out/")}
+
+
+def outputs(model: Backbone, images, masks) -> dict:
+    """Under the reference's names; what `forward` leaves out (registers, tokens before the norm) from its parts."""
+    features, before = model(images, masks), model.tokens(images, masks)
+    for block in model.blocks:
+        before = block(before)
+    registers = model.norm(before)[:, 1 : 1 + model.config.registers]
+    return {
+        "x_norm_clstoken": features.cls,
+        "x_norm_patchtokens": features.patches,
+        "x_norm_regtokens": registers,
+        "x_prenorm": before,
+    }
+
+
+def intermediates(model: Backbone, images, kinds: list[str], grid: tuple[int, int]) -> dict:
+    """`intermediate_last2`, `intermediate_0_2_unnormed_reshaped`, ...: which blocks, normed or not, as maps or not."""
+    found = {}
+    for kind in (k for k in kinds if k.startswith("intermediate_")):
+        numbers = [int(n) for n in re.findall(r"\d+", kind)]
+        layers = range(model.n_blocks - numbers[0], model.n_blocks) if "last" in kind else numbers
+        for i, got in enumerate(model.intermediate(images, list(layers), "unnormed" not in kind)):
+            found[f"{kind}/{i}/cls"] = got.cls
+            maps = got.patches.transpose(1, 2).unflatten(2, grid)
+            found[f"{kind}/{i}/patch"] = maps if "reshaped" in kind else got.patches
+    return found
 
 
 def test_dino_head_golden(vectors):
@@ -71,27 +97,31 @@ def test_dino_head_golden(vectors):
     cases = v.children("in/")
     assert cases
     for case in cases:
-        cfg = {k: v.number(f"in/{case}/cfg/{k}") for k in v.children(f"in/{case}/cfg/")}
-        head = DINOHead(
-            cfg["in_dim"],
-            HeadConfig(
-                prototypes=cfg["out_dim"],
-                hidden=cfg["hidden_dim"],
-                bottleneck=cfg["bottleneck_dim"],
-                layers=cfg["nlayers"],
-                bias=bool(cfg["mlp_bias"]),
-            ),
-        )
-        head.load_state_dict(v.under(f"in/{case}/w/"), strict=True)
-        y = head(v[f"in/{case}/x"])
-        cotangent = v[f"in/{case}/cotangent"]
-        cotangent[3] = 0  # row 3 of x is zero: its normalisation has no useful gradient
-        (y * cotangent).sum().backward()
-        out = v.under(f"out/{case}/")
-        close = lambda got, want: torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)  # noqa: E731
-        close(y, out["y"])
-        gradients = {k.removeprefix("grad/"): g for k, g in out.items() if k.startswith("grad/")}
-        assert gradients, sorted(out)
-        parameters = dict(head.named_parameters())
-        for name, want in gradients.items():
-            close(parameters[name].grad, want)
+        for dtype, runs in ((torch.float32, ("out", "out64")), (torch.float64, ("out64",))):
+            head, x = head_of(v, case).to(dtype), v[f"in/{case}/x"].to(dtype).requires_grad_()
+            y = head(x)
+            cotangent = v[f"in/{case}/cotangent"].to(dtype)
+            cotangent[(x == 0).all(1)] = 0  # normalising a row of zeros has no useful gradient
+            (y * cotangent).sum().backward()
+            tolerance = {"atol": 2e-6} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
+            more = "" if dtype == torch.float32 else ", in float64"
+            v.close(f"{case}/y", y, f"logits{more}", **tolerance, runs=runs)
+            v.close(f"{case}/grad_x", x.grad, f"gradient of the input{more}", **tolerance, runs=runs)
+            gradients = v.under(f"out/{case}/grad/")
+            assert gradients.keys() == dict(head.named_parameters()).keys()
+            for name, p in head.named_parameters():
+                v.close(f"{case}/grad/{name}", p.grad, f"gradients of the parameters{more}", **tolerance, runs=runs)
+
+
+def head_of(v, case: str) -> DINOHead:
+    cfg = {k: v.number(f"in/{case}/cfg/{k}") for k in v.children(f"in/{case}/cfg/")}
+    config = HeadConfig(
+        prototypes=cfg["out_dim"],
+        hidden=cfg["hidden_dim"],
+        bottleneck=cfg["bottleneck_dim"],
+        layers=cfg["nlayers"],
+        bias=bool(cfg["mlp_bias"]),
+    )
+    head = DINOHead(cfg["in_dim"], config)
+    head.load_state_dict(v.under(f"in/{case}/w/"), strict=True)
+    return head
