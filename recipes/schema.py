@@ -336,11 +336,14 @@ class Recipe(Config):
         controlled = [name for name, student in self.students.items() if student.control]
         if training is None:
             return
-        if training.objectives.ibot and not training.mask_input:
-            yield (
-                "teacher.train.mask_input",
-                "must be true while objectives.ibot is above 0: without masks the student only copies its own average",
-            )
+        for name, one in self.teacher.trainings().items():
+            if one.objectives.ibot and not one.mask_input and name != "fit_heads":
+                yield (
+                    f"teacher.{name}.mask_input",
+                    "must be true while objectives.ibot is above 0: without masks the student only copies its own average",
+                )
+        if self.teacher.high_res is not None:
+            yield from self._high_res(training, self.teacher.high_res)
         for kind, head in (
             ("ibot", self.teacher.ibot_head),
             ("dino", self.teacher.dino_head if self.teacher.ibot_head else None),
@@ -361,6 +364,20 @@ class Recipe(Config):
                 f"students.{controlled[0]}.control",
                 "needs teacher.train.masks and mask_input while distill.objectives.ibot is above 0: the control is masked like the teacher",
             )
+
+    def _high_res(self, before: TrainConfig, after: TrainConfig) -> Iterator[Problem]:
+        """What goes on must have been there, at less resolution."""
+        if after.crops.global_size <= before.crops.global_size:
+            yield (
+                "teacher.high_res.crops.global_size",
+                f"{after.crops.global_size} px is no more than the {before.crops.global_size} px of teacher.train",
+            )
+        for kind in ("dino", "ibot") if self.teacher.ibot_head is not None else ():  # a shared head is trained by either
+            if getattr(after.objectives, kind) and not getattr(before.objectives, kind):
+                yield (
+                    f"teacher.high_res.objectives.{kind}",
+                    f"must be 0 while teacher.train.objectives.{kind} is: that head is not trained",
+                )
 
     def _loaded(self, asked: ObjectivesConfig) -> Iterator[Problem]:
         """What a teacher from elsewhere asks for."""

@@ -232,3 +232,65 @@ def test_a_shape_that_passes_builds():
     made = recipe()
     for config in (made.teacher.backbone, made.students["small"].backbone):
         assert sum(p.numel() for p in Backbone(config).parameters()) == parameter_count(config)
+
+
+HIGH = {"images": 64, "crops": CROPS | {"global_size": 96, "local_size": 48}, "masks": {}, "mask_input": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({}, None),
+        ({"crops": CROPS}, "teacher.high_res.crops.global_size"),
+        ({"mask_input": False}, "teacher.high_res.mask_input"),
+        ({"crops": CROPS | {"global_size": 97}}, "teacher.high_res.crops.global_size"),
+        ({"objectives": {"match": {}}}, "teacher.high_res.objectives.match"),
+        ({"cache": {}}, "teacher.high_res.cache"),
+    ],
+)
+def test_a_phase_at_high_resolution_goes_on_at_more(changes, path):
+    found = [p for p, _ in recipe(teacher__high_res=HIGH | changes).problems()]
+    assert (path in found) if path else found == []
+
+
+def test_a_phase_at_high_resolution_has_the_heads_that_were_trained():
+    changes = {
+        "teacher__train__objectives": {"ibot": 0.0},
+        "teacher__train__mask_input": False,
+        "distill__objectives": {"ibot": 0.0},
+    }
+    assert "teacher.high_res.objectives.ibot" in [p for p, _ in recipe(**changes, teacher__high_res=HIGH).problems()]
+    found = recipe(**changes, teacher__high_res=HIGH | {"objectives": {"ibot": 0.0}}).problems()
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        (
+            {"students__small__backbone": {"kind": "timm", "name": "test_vit"}},
+            None,
+        ),  # patch 16: 48 and 96 px are multiples, 24 is not
+        ({"students__small__backbone": {"kind": "timm", "name": "test_resnet"}}, "students.small.backbone.name"),
+        (
+            {"students__small__backbone": {"kind": "timm", "name": "test_vit", "options": {"depht": 2}}},
+            "students.small.backbone",
+        ),
+        ({"students__small__backbone": {"kind": "timm", "name": "test_vjt"}}, "students.small.backbone"),
+        ({"teacher__backbone": {"kind": "timm", "name": "test_resnet"}}, "teacher.train.mask_input"),
+    ],
+)
+def test_networks_of_timm_are_asked_before_anything_runs(changes, path):
+    crops = CROPS | {"local_size": 32}
+    found = [p for p, _ in recipe(**changes, distill__crops=crops, teacher__train__crops=crops).problems()]
+    assert (path in found) if path else found == []
+    if path is None:
+        assert "distill.crops.local_size" in [p for p, _ in recipe(**changes).problems()]
+
+
+def test_a_cache_holds_one_grid_also_where_timm_says_the_patch():
+    students = {"a": {"backbone": SHAPE}, "b": {"backbone": {"kind": "timm", "name": "test_vit"}}}
+    crops = CROPS | {"local_size": 32}
+    assert recipe(students=students, distill__crops=crops).problems() == []
+    found = recipe(students=students, distill__crops=crops, distill__cache={}).problems()
+    assert [p for p, _ in found] == ["distill.cache"]
