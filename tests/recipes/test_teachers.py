@@ -18,6 +18,7 @@ from distill.models.heads import DINOHead, HeadConfig
 from distill.models.names import to_official
 from distill.models.timm_backbone import TimmBackbone, TimmConfig
 from distill.rows import Row, read_rows
+from distill.step import Stepper
 from recipes import cli
 from recipes.loading import load_recipe
 from recipes.schema import Recipe
@@ -410,6 +411,59 @@ def test_a_second_epoch_pays_no_teacher(here, kept):
     shows(second[:2], first[:2], 1e-3 if exact else 0.5)
     if not exact:  # cut off and renormalised: near, and not the same
         assert abs(second[0]["dino_global"] / first[0]["dino_global"] - 1) > 1e-3
+
+
+# ---- interruptions
+
+
+def broken_off(kind: str, home: Path) -> dict[str, Any]:
+    """A recipe by what is special about its trainings."""
+    cnn = {"load": {"kind": "timm", "name": "test_resnet", "path": str(cnn_file(home / "cnn.safetensors"))}}
+    vit = {"load": {"kind": "official", "path": str(official_file(home / "vit.pth")), "attention_heads": 2}}
+    high = TRAIN | {"crops": CROPS | {"global_size": 64, "local_size": 24}, "masks": {}, "mask_input": True}
+    return {
+        "fit": lambda: recipe(cnn | {"fit_heads": TRAIN}, {"teacher_size": 96}),
+        "match": lambda: recipe(vit, {"objectives": MATCH | {"gram": {"start": 0}}}),
+        "high": lambda: recipe(pretrained(objectives={"gram": {"start": 0.5}}) | {"high_res": high}),
+        "centre": lambda: recipe(vit | {"fit_heads": TRAIN | {"objectives": {"centring": "centre"}}}, {"cache": {}}),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["fit", "match", "high", "centre"])
+def test_a_training_that_broke_off_ends_in_the_same_weights(here, monkeypatch, kind):
+    runtime = {"workers": 0, "threads": 1, "log_every": 1, "checkpoint_every": 2}
+    wanted = broken_off(kind, here.home) | {"runtime": runtime}
+    whole = Folder(here.home / "whole")
+    whole.home.mkdir()
+    whole.train(wanted)
+    step = Stepper.step
+    due = {5, 11, 16}  # calls of `step`, over all trainings: in each of them once, a step after a checkpoint
+    calls = iter(range(1, 100))
+
+    def breaks(self: Stepper, *arguments: Any) -> Any:
+        if (n := next(calls)) in due:
+            due.discard(n)
+            raise KeyboardInterrupt  # not by a signal: no checkpoint is written on the way out, as if killed
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Stepper, "step", breaks)
+    stages = []
+    while True:
+        result = CliRunner().invoke(
+            cli.app, ["run", str(here.write(wanted)), "--out", str(here.run), "--until", "distill", "--quiet"]
+        )
+        if result.exit_code == 0:
+            break
+        assert result.exit_code == 130, result.output
+        stages.append(sorted(str(p.parent.relative_to(here.run)) for p in here.run.rglob("checkpoint.safetensors")))
+        assert len(stages) < 5
+    assert "distill: continues" in result.stderr or len(stages) > 1
+    assert len({str(s) for s in stages}) == (1 if kind == "match" else 3 if kind == "high" else 2), stages
+    for folder in ("teacher", "students/a"):
+        for file in ("backbone", *(("heads",) if kind != "match" else ())):
+            assert same(here.weights(folder, file), whole.weights(folder, file)), (folder, file)
+    ours, theirs = ([(line["step"], line["loss"]) for line in f.log()] for f in (here, whole))
+    assert ours == theirs
 
 
 # ---- mistakes
