@@ -1,7 +1,7 @@
 """The Vision Transformer of DINOv2, assembled from timm's parts, with masking, registers and exact position resampling.
 
 Parameter names are the official ones (`cls_token`, `pos_embed`, `blocks.0.attn.qkv.weight`, ...) except that timm calls the SwiGLU
-matrices `fc1`/`fc2` where DINOv2 says `w12`/`w3`; `checkpoints.py` maps them.
+matrices `fc1`/`fc2` where DINOv2 says `w12`/`w3`; `names.py` maps them.
 
 Shape legend: B batch, N patch tokens (h x w grid), R register tokens, T = 1 + R + N, D width, H W pixels.
 """
@@ -179,13 +179,8 @@ class Backbone(nn.Module):
         patches = grid.permute(0, 2, 3, 1).reshape(1, h * w, self.dim).to(self.pos_embed.dtype)
         return torch.cat([self.pos_embed[:, :1], patches], 1)
 
-    def tokens(
-        self, images: Float[Tensor, "b 3 H W"], masks: Bool[Tensor, "b n"] | None = None, position: Tensor | None = None
-    ) -> Float[Tensor, "b t d"]:
-        """Embed: patches (masked ones replaced by the mask token), CLS in front, + position, registers after CLS. [B, T, D].
-
-        `position` overrides `self.position(...)`; export passes the baked one.
-        """
+    def tokens(self, images: Float[Tensor, "b 3 H W"], masks: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b t d"]:
+        """Embed: patches (masked ones replaced by the mask token), CLS in front, + position, registers after CLS. [B, T, D]."""
         b, _, height, width = images.shape
         if height % self.patch or width % self.patch:
             raise ValueError(
@@ -195,15 +190,13 @@ class Backbone(nn.Module):
         if masks is not None:
             x_BND = torch.where(masks[..., None], self.mask_token.to(x_BND.dtype), x_BND)
         x_BTD = torch.cat([self.cls_token.expand(b, -1, -1), x_BND], 1)
-        x_BTD = x_BTD + (self.position(height // self.patch, width // self.patch) if position is None else position)
+        x_BTD = x_BTD + self.position(height // self.patch, width // self.patch)
         if self.register_tokens is not None:
             x_BTD = torch.cat([x_BTD[:, :1], self.register_tokens.expand(b, -1, -1), x_BTD[:, 1:]], 1)
         return x_BTD
 
-    def forward(
-        self, images: Float[Tensor, "b 3 H W"], masks: Bool[Tensor, "b n"] | None = None, position: Tensor | None = None
-    ) -> Features:
-        x_BTD = self.tokens(images, masks, position)
+    def forward(self, images: Float[Tensor, "b 3 H W"], masks: Bool[Tensor, "b n"] | None = None) -> Features:
+        x_BTD = self.tokens(images, masks)
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.split(self.norm(x_BTD))

@@ -73,7 +73,8 @@ class LoadConfig(Config):
             "official": {"heads", "attention_heads", "pos_offset", "pos_antialias"},
         }
         for kind, fields in only.items():
-            given = sorted(f for f in fields if f in self.model_fields_set and getattr(self, f))
+            defaults = {f: LoadConfig.model_fields[f].get_default(call_default_factory=True) for f in fields}
+            given = sorted(f for f in fields if getattr(self, f) != defaults[f])
             if self.kind != kind and given:
                 found.append(f"{', '.join(given)} cannot be set for kind {self.kind}: only {kind} reads it")
         if self.attention_heads is not None and self.attention_heads < 1:
