@@ -7,7 +7,7 @@
 
 Everything random is a function of (seed, step), and a checkpoint holds every tensor that a step changes, so a run that was killed and
 started again ends in the same weights, bit for bit on a CPU with the same number of threads. Losses do not depend on the number of
-processes or micro-batches, beyond rounding.
+processes or micro-batches, beyond rounding; with stochastic depth, which drops samples of each micro-batch, they do.
 """
 
 import time
@@ -124,7 +124,7 @@ def train(
 
     Args:
         students: freshly initialised (they are trained in place).
-        teacher: with heads of the same K where prototypes are compared (frozen in place); None: the only student.s moving average.
+        teacher: with heads of the same K where prototypes are compared (frozen in place); None: the only student's moving average.
         source: training images (distill/data/sources.py).
         normalize: as in Preprocess; `teacher_normalize`: the teacher's, where it is another.
         folder: gets `checkpoint.safetensors`, and `train.jsonl`, or with a frozen teacher `<student>/train.jsonl` for each student.
@@ -205,20 +205,24 @@ def train(
             shown = {"loss": sum(next(iter(group.values())).last_terms.values())}
             task.advance(1, **shown)
             loop.stop_if_dead(step, told)
+            if done == total and main and subjects:  # before the checkpoint, after which no step is left that could say it
+                _write_monitors(folder, told, subjects, step=step, images=done * config.batch)
             if done % runtime.checkpoint_every == 0 or done == total or stopping:
                 if cache is not None:
                     cache.flush()
                 save_state(checkpoint, done, group, loop.extras, world, main)
             if stopping:
                 raise KeyboardInterrupt
-    if main and subjects:
-        said = {n: (t.more, t.limits) for n, t in told.items() if t.limits is not None}
-        about = {"step": total - 1, "images": total * config.batch}
-        write_rows(
-            folder / "rows.jsonl", [r for n, (v, limits) in said.items() for r in monitor_rows(v, limits, subjects[n], **about)]
-        )
     accelerator.wait_for_everyone()
     return {n: s.whole_average().cpu().eval() for n, s in group.items()}
+
+
+def _write_monitors(folder: Path, told: dict[str, Told], subjects: dict[str, str], **conditions: int) -> None:
+    """`rows.jsonl` with the monitors' values of a logged step."""
+    rows = [
+        r for n, t in told.items() if t.limits is not None for r in monitor_rows(t.more, t.limits, subjects[n], **conditions)
+    ]
+    write_rows(folder / "rows.jsonl", rows)
 
 
 def micro_batches(config: TrainConfig, runtime: RuntimeConfig, world: int) -> int:

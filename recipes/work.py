@@ -271,12 +271,15 @@ def targets_cache(r: Recipe, data: Data, run: Path) -> TargetsCache:
     training, state = r.distill, PartialState()
     assert training.cache is not None
     asked, teacher = training.objectives, run / "teacher"
+    about = model_info(teacher)
     identity: dict[str, Any] = {
         "teacher": {f: sha256_file(teacher / f) for f in ("backbone.safetensors", "heads.safetensors")},
+        # What the weights do not say: heads of attention, how positions are resampled.
+        "networks": {"backbone": about["backbone"], "heads": about["heads"]},
         "source": data.fingerprint("train"),
         "crops": training.crops.model_dump(),
         "masks": training.masks and training.masks.model_dump(),
-        "patch": make_backbone(next(iter(r.students.values())).backbone).patch,
+        "patch": backbone_measures(next(iter(r.students.values())).backbone)[1],
         "seed": r.seed,
         "normalize": {"student": r.input.normalize, "teacher": load_preprocess(teacher).normalize},
         "teacher_size": training.teacher_size,
