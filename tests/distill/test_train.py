@@ -249,3 +249,24 @@ def test_bf16_training_stays_close_to_fp32(tmp_path):
     assert losses(tmp_path / "bf16" / "train.jsonl")[0] == pytest.approx(losses(tmp_path / "fp32" / "train.jsonl")[0], rel=0.02)
     a, b = (m["one"].backbone.blocks[0].attn.qkv.weight for m in (exact, rough))
     assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
+
+
+def test_monitors_values_are_there_once_all_steps_are_done(tmp_path, monkeypatch):
+    """A kill after the last checkpoint leaves no step that could say them again."""
+    subjects = {"one": "teacher"}
+    source = ScenesConfig(count=40, size=32).build()
+    go = lambda: train(  # noqa: E731
+        settings(3), {"one": model()}, None, source, "per_image", tmp_path, 5, RUNTIME, Progress("quiet"), subjects=subjects
+    )
+
+    def killed(*_: Any) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr("distill.training_state.Student.whole_average", killed)
+    with pytest.raises(SystemExit):
+        go()
+    monkeypatch.undo()
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert "effective_rank" in before
+    go()
+    assert (tmp_path / "rows.jsonl").read_text() == before
