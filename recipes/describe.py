@@ -197,14 +197,18 @@ def student_flops(training: TrainConfig, s: Shape, recompute: bool = False, alon
 
 
 def head_flops(training: TrainConfig, s: Shape, cls_rows: float, patch_rows: float) -> float:
-    """A forward pass of the heads: their layers and the product with the prototypes, 2 operations a weight and row."""
+    """A forward pass of the heads and projectors: layers and the product with the prototypes, 2 operations a weight and row."""
     dim = backbone_measures(s.backbone)[0]
     total = 0.0
     for head, on, rows in ((s.dino, training.objectives.dino, cls_rows), (s.patch_head, training.objectives.ibot, patch_rows)):
         if head is not None and on:
             widths = [dim] + [head.hidden] * (head.layers - 1) + [head.bottleneck, head.prototypes]
             total += 2 * rows * sum(a * b for a, b in pairwise(widths))
-    return total + s.match * (cls_rows + 2 * (training.crops.global_size // backbone_measures(s.backbone)[1]) ** 2)
+    if s.match and (match := training.objectives.match) is not None:  # projectors see the global crops alone
+        patches = 2 * (training.crops.global_size // backbone_measures(s.backbone)[1]) ** 2
+        parts = (match.cls > 0) + (match.patches > 0)
+        total += 2 * s.match / parts * (2 * (match.cls > 0) + patches * (match.patches > 0))
+    return total
 
 
 def _memory(found: list[Training], r: Recipe, processes: int) -> Table:

@@ -64,8 +64,8 @@ def backbone_parameters(config: AnyConfig, mask_token: bool = True) -> int:
     """Parameters of a backbone; without the mask token the count is that of the published inference models."""
     if isinstance(config, BackboneConfig):
         return parameter_count(config, mask_token)
-    backbone = skeleton(config)
-    return sum(p.numel() for n, p in backbone.named_parameters() if mask_token or n != "mask_token")
+    measured = _measured(config.model_dump_json())
+    return measured.parameters - (0 if mask_token else measured.mask_token)
 
 
 def backbone_flops(config: AnyConfig, size: int) -> int:
@@ -84,8 +84,8 @@ def backbone_measures(config: AnyConfig) -> tuple[int, int, int]:
     if isinstance(config, BackboneConfig):
         dim, depth, _, _ = config.shape()
         return dim, config.patch, depth
-    backbone = skeleton(config)
-    return backbone.dim, backbone.patch, backbone.n_blocks
+    measured = _measured(config.model_dump_json())
+    return measured.dim, measured.patch, measured.blocks
 
 
 class Demands(NamedTuple):
@@ -109,11 +109,27 @@ def demands(config: AnyConfig) -> Demands:
     """
     if isinstance(config, BackboneConfig):
         return Demands(config.patch, True, True)
-    return _demands_of_timm(config.model_dump_json())
+    measured = _measured(config.model_dump_json())
+    return Demands(measured.patch if measured.steps_known else None, measured.steps_known, measured.is_vit)
+
+
+class Measured(NamedTuple):
+    """What only the network of a timm config knows; `mask_token`: how many of its parameters are that token's."""
+
+    dim: int
+    patch: int
+    blocks: int
+    parameters: int
+    mask_token: int
+    steps_known: bool
+    is_vit: bool
 
 
 @lru_cache
-def _demands_of_timm(config: str) -> Demands:
-    backbone = skeleton(TimmConfig.model_validate_json(config))
-    assert isinstance(backbone, TimmBackbone)
-    return Demands(backbone.patch if backbone.steps_known else None, backbone.steps_known, backbone.is_vit)
+def _measured(config: str) -> Measured:
+    """Of a TimmConfig as JSON; once, since making a network takes a good part of a second even without its memory."""
+    b = skeleton(TimmConfig.model_validate_json(config))
+    assert isinstance(b, TimmBackbone)
+    parameters = sum(p.numel() for p in b.parameters())
+    token = 0 if b.mask_token is None else b.mask_token.numel()
+    return Measured(b.dim, b.patch, b.n_blocks, parameters, token, b.steps_known, b.is_vit)
