@@ -1,5 +1,6 @@
 """Weights in another number format, made once per change instead of once per use."""
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class CastCache:
 
     def __init__(self) -> None:
         self.enabled = True
+        self._scratch: dict[str, Tensor] = {}
         self._kept = WeakTensorKeyDictionary()  # weight -> (what the copy was made from, the copy)
 
     def __call__(self, weight: Tensor, dtype: torch.dtype, scale: Tensor | None = None, normed: bool = False) -> Tensor:
@@ -35,8 +37,18 @@ class CastCache:
             self._kept[weight] = kept
         return kept[1]
 
+    def scratch(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A piece of memory for results that are used up at once, the same again every time: fresh pages would cost as much as the
+        product that fills them. What it holds is anybody's.
+        """
+        size, kept = math.prod(shape), self._scratch.get(name)
+        if kept is None or kept.numel() < size or kept.dtype != dtype or kept.device != like.device:
+            kept = self._scratch[name] = torch.empty(size, dtype=dtype, device=like.device)
+        return kept[:size].view(shape)
+
     def clear(self) -> None:
         self._kept.clear()
+        self._scratch.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CastCache":
         return CastCache()  # a copied model has weights of its own

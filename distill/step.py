@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distill.cast_cache import CastCache
 from distill.data.loader import Batch
 from distill.encoder import Features
 from distill.errors import DecantError
@@ -68,6 +69,7 @@ class Stepper:
         self.schedules = Schedules(config.optim, config.batch, total)
         self.temperature = teacher_temperature(asked.teacher_temperature, asked.temperature_warmup, total)
         first = next(iter(group.values()))
+        self.moves = teacher is None
         same_view = not config.mask_input and config.teacher_size in (None, config.crops.global_size)
         self.shares_backbone = teacher is None and first.module.backbone_frozen and same_view
         if self.shares_backbone:
@@ -126,6 +128,10 @@ class Stepper:
         parts = batch.parts(self.micro)
         with self.autocast(self.teacher):
             targets_of = self.targets(step, batch, parts)
+        if self.moves:  # its casts are of no use to anybody once it has moved
+            for module in self.teacher.modules():
+                if isinstance(cast := getattr(module, "cast", None), CastCache):
+                    cast.clear()
         told = {}
         for name, student in self.group.items():
             chosen, targets = [self.chosen(part, self.grids[name]) for part in parts], targets_of[self.grids[name]]

@@ -16,6 +16,7 @@ from distill.cast_cache import AT_ONCE, CastCache
 from distill.losses.targets import Assignment
 
 LOGITS_AT_ONCE = 2**24  # one slice's logits: 32 MiB in bf16
+DIRECTIONS_AT_ONCE = 2**22  # numbers of the prototypes' gradient that are made at once: 8 MiB in bf16
 
 
 def prototype_cross_entropy(
@@ -66,11 +67,14 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         for start in range(0, len(z), many):
             # Divided by t here, where it is one number a coordinate of z, and not one a logit; rounded once.
             part = (z[start : start + many].detach() / t).to(dtype)
-            logits = part if prototypes is None else part @ prototypes.T
+            logits = part
+            if prototypes is not None:
+                logits = cast.scratch("logits", (len(part), len(prototypes)), z, dtype)
+                torch.mm(part, prototypes.T, out=logits)
             loss += _rows(logits, targets, weights, start)  # from here on `logits` holds their gradient
-            if dz is not None and prototypes is not None:
+            if dz is not None and prototypes is not None and v is not None:
                 dz[start : start + many] = logits @ prototypes
-                dw = (logits.T @ part).to(v.dtype) if dw is None else dw.add_(logits.T @ part)  # type: ignore[union-attr]
+                dw = _directions(logits, part, v, dw, cast)
             elif dz is not None:
                 dz[start : start + many] = logits
         if dz is not None:
@@ -89,6 +93,20 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         if factor.device.type != "cpu" or factor != 1:  # asking a GPU would wait for it
             found = tuple(None if x is None else x.mul_(factor) for x in found)
         return *found, None, None, None, None, None
+
+
+def _directions(gradient_SK: Tensor, z_SE: Tensor, v_KE: Tensor, dw_KE: Tensor | None, cast: CastCache) -> Tensor:
+    """The gradient of the prototypes, added to what there is of it, some prototypes at a time."""
+    found = torch.empty_like(v_KE) if dw_KE is None else dw_KE
+    many = max(1, DIRECTIONS_AT_ONCE // v_KE.shape[1])
+    for a in range(0, len(v_KE), many):
+        columns = gradient_SK[:, a : a + many]
+        part = torch.mm(columns.T, z_SE, out=cast.scratch("directions", (columns.shape[1], z_SE.shape[1]), z_SE, z_SE.dtype))
+        if dw_KE is None:
+            found[a : a + many].copy_(part)
+        else:
+            found[a : a + many].add_(part)
+    return found
 
 
 def _rows(logits_SK: Tensor, targets: Assignment, weights_S: Tensor, start: int) -> Tensor:
