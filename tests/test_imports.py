@@ -201,3 +201,9 @@ def use(config):
         "distill.planted.PlantedConfig.planted_unread",
         "distill.planted.PlantedConfig.planted_checked",
     ]
+
+
+def test_names_of_test_files_differ():
+    """pytest imports them by their bare names: two of one name, and no test runs at all."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

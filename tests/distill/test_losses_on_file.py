@@ -1,6 +1,6 @@
 """A tiny pretraining and a tiny distillation whose losses are on file, step by step: a refactor that changes a number is seen.
 
-    python tests/distill/test_golden_losses.py      writes the files anew, for a change that is meant to change losses
+    python tests/distill/test_losses_on_file.py      writes the files anew, for a change that is meant to change losses
 
 Images are drawn by arithmetic and not by a library, so that they are the same everywhere; crops, colours, masks, schedules, losses,
 optimiser and averages are the loop's own.
