@@ -10,6 +10,8 @@ from distill.config import Config
 from distill.schedules import Cosine, Linear, is_decayed, layer_multiplier
 from distill.sharding import whole
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+
 
 class OptimConfig(Config):
     """How the weights move. Shares are of all steps of the run, so a recipe scales with its length.
@@ -90,13 +92,15 @@ def make_optimizer(modules: dict[str, nn.Module], blocks: int, config: OptimConf
     """AdamW over the named sub-modules; parameters of equal (learning-rate factor, decay, last layer) share a group."""
     groups: dict[tuple[float, bool, bool], list[Tensor]] = {}
     for module_name, module in modules.items():
+        norms = {p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
         for name, p in module.named_parameters():
             if not p.requires_grad:
                 continue
             factor = (
                 layer_multiplier(name, blocks, config.layer_decay, config.patch_embed_lr) if module_name == "backbone" else 1.0
             )
-            groups.setdefault((factor, is_decayed(name), "last_layer" in name), []).append(p)
+            decayed = is_decayed(name) and p not in norms  # not every norm is called one: `bn1`, `layers.1`
+            groups.setdefault((factor, decayed, "last_layer" in name), []).append(p)
     optimizer = torch.optim.AdamW(
         [{"params": ps, "factor": f, "decayed": d, "last_layer": last} for (f, d, last), ps in groups.items()],
         lr=0.0,  # set before every step

@@ -62,4 +62,4 @@ def layer_multiplier(name: str, blocks: int, decay: float, patch_embed: float) -
 
 def is_decayed(name: str) -> bool:
     """Whether weight decay applies: not to biases, norms and LayerScale, but to tokens, positions and both parts of weight norm."""
-    return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+    return not (name.endswith("bias") or "norm" in name or "gamma" in name)

@@ -203,3 +203,15 @@ def test_problems(changes, said):
 @pytest.mark.parametrize("changes", [{"patch_embed_lr": -1.0}, {"lr": float("inf")}, {"clip": float("nan")}], ids=str)
 def test_problems_of_values_that_ruin_a_run(changes):
     assert OptimConfig(**changes).problems()
+
+
+def test_norms_of_any_name_are_not_decayed():
+    """`bn1` of a CNN, `layers.1` of a projector; and biases that are no Linear's, such as Eva's `q_bias`."""
+    projector = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4))
+    network = nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 1), "bn1": nn.BatchNorm2d(4)})
+    network.register_parameter("q_bias", nn.Parameter(torch.zeros(4)))
+    parts = {"backbone": network, "match": projector}
+    found = make_optimizer(parts, 1, OptimConfig()).param_groups
+    decayed = {p for group in found if group["decayed"] for p in group["params"]}
+    assert decayed == {network["conv1"].weight, projector[0].weight, projector[3].weight}
+    assert sum(len(group["params"]) for group in found) == sum(len(list(m.parameters())) for m in parts.values())

@@ -39,6 +39,9 @@ class Named:
     def __init__(self, names: list[str]):
         self.names = names
 
+    def modules(self):
+        return []
+
     def named_parameters(self):
         return [(n, torch.nn.Parameter(torch.zeros(1))) for n in self.names]
 
