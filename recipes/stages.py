@@ -4,6 +4,7 @@ and `shipping.py`."""
 from functools import partial
 from pathlib import Path
 
+from distill.errors import UserError
 from distill.files import sha256_file, sha256_json
 from distill.models.foreign import LoadConfig, files_of
 from export.targets import in_order, prerequisites
@@ -110,6 +111,11 @@ def _teacher(r: Recipe, data: Data, run: Path, settings: dict, train: dict) -> l
     own = settings | {"input": r.input.model_dump()}
     whole = t.model_dump(exclude={"high_res", "fit_heads"})
     if t.load is not None:
+        if t.load.path is not None and Path(t.load.path).expanduser().resolve().is_relative_to(run.resolve()):
+            raise UserError(
+                f"teacher.load.path {t.load.path} lies in this very run's folder, whose teacher it would replace. Name another folder for "
+                "this run with --out (or another name)."
+            )
         first = last if t.fit_heads is None else Path("loaded")
         sizes = {"size": r.distill.teacher_size or r.input.size, "input": r.input.model_dump()}
         stages = [
