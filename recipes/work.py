@@ -149,9 +149,6 @@ def load(r: Recipe) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         assert r.teacher.load is not None
         loaded = load_teacher(r.teacher.load)
-        if loaded.heads and r.teacher.fit_heads is not None:
-            said = f"load: the {_listed(loaded.heads)} heads of {r.teacher.load.path} are left aside: teacher.fit_heads makes new ones"
-            progress.say(said, warning=True)
         size = r.distill.teacher_size or r.input.size
         refuse_sizes(loaded.backbone, {"distill.teacher_size": size})
         resize = round(r.input.preprocess().resize * size / r.input.size)
@@ -169,6 +166,8 @@ def fit_heads(r: Recipe, data: Data, run: Path, before: Path) -> Work:
         training = r.fit_training()
         torch.manual_seed(r.seed * 1000 + 500)
         backbone = load_backbone(run / before).requires_grad_(False)
+        if left := model_info(run / before)["heads"]:
+            progress.say(f"fit_heads: the {_listed(left)} heads that came with the teacher are left aside", warning=True)
         crops = training.crops
         sizes = {"global_size": crops.global_size} | ({"local_size": crops.local_size} if crops.local_count else {})
         refuse_sizes(backbone, {f"teacher.fit_heads.crops.{n}": size for n, size in sizes.items()})
