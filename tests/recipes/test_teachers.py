@@ -92,7 +92,7 @@ class Folder(NamedTuple):
 
 
 def decant(*words: object, code: int = 0) -> Said:
-    result = CliRunner().invoke(cli.app, [str(w) for w in words])
+    result = CliRunner().invoke(cli.app, [str(w) for w in words], env={"COLUMNS": "200"})
     assert result.exit_code == code, result.output + str(result.exception)
     assert "Traceback" not in result.output
     assert "defect of decant" not in result.output
@@ -339,7 +339,7 @@ def test_the_pretraining_goes_on_at_high_resolution_with_schedules_of_its_own(he
     before = here.weights("teacher")
     wanted = recipe(low | {"high_res": high})
     plan = here.do("check", wanted).out
-    assert "2 × 64 + 1 ×" in plan  # a narrow console breaks the cell
+    assert "2 × 64 + 1 × 24 px" in plan
     monkeypatch.setattr(Backbone, "forward", watched)
     said = here.do("run", wanted, "--until", "high_res", "--quiet")
     assert "pretrain: starts" in said.err  # its results go elsewhere now
