@@ -20,8 +20,8 @@ PATIENCE = 5.0  # seconds; launchers repeat a signal within one
 
 
 class RuntimeConfig(Config):
-    """What cannot change results beyond rounding; outside every content key. "Bit for bit" holds at one number of threads: do not change
-    it between a kill and the run that continues.
+    """What cannot change results beyond rounding; outside every content key. "Bit for bit" holds at one number of threads: do not
+    change it between a kill and the run that continues. (`micro_batch` with stochastic depth is an exception: each piece draws anew.)
 
     Attributes:
         workers: processes that make crops; null: 1 on up to 4 cores, else half of the cores, at most 8.

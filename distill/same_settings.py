@@ -29,7 +29,7 @@ def same_settings(folder: Path, settings: dict[str, Any], writes: bool) -> None:
         before = _flat(meta["settings"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
-            f"{path} does not describe a cache of targets ({' '.join(str(e).split())[:200]}). Delete {folder} or name another one."
+            f"{path} does not describe a cache of targets ({' '.join(str(e).split())[:200]}). Delete {folder}."
         ) from e
     now = _flat(settings)
     different = [k for k in sorted(before | now) if before.get(k, "absent") != now.get(k, "absent")]
@@ -39,7 +39,7 @@ def same_settings(folder: Path, settings: dict[str, Any], writes: bool) -> None:
         )
         more = f" and {len(different) - 6} more" if len(different) > 6 else ""
         raise UserError(
-            f"The targets in {folder} were made with other settings: {shown}{more}. Delete the folder, or name another one for the cache."
+            f"The targets in {folder} were made with other settings: {shown}{more}. Delete the folder, or leave the cache out."
         )
 
 

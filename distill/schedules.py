@@ -53,7 +53,18 @@ def layer_multiplier(name: str, blocks: int, decay: float, patch_embed: float) -
     first = name.split(".")[0]
     if first == "blocks":
         layer = int(name.split(".")[1]) + 1
-    elif first in ("cls_token", "pos_embed", "mask_token", "register_tokens", "reg_token", "patch_embed", "norm_pre"):
+    elif first in (
+        "cls_token",
+        "pos_embed",
+        "mask_token",
+        "register_tokens",
+        "reg_token",
+        "patch_embed",
+        "norm_pre",
+        "conv_stem",
+        "bn1",
+        "stem",
+    ):
         layer = 0
     else:
         layer = blocks + 1

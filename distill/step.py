@@ -20,7 +20,7 @@ from distill.data.loader import Batch
 from distill.encoder import Features
 from distill.errors import DecantError
 from distill.losses.assignments import TopK, dense
-from distill.losses.targets import Sparse
+from distill.losses.targets import Assignment, Sparse
 from distill.models.backbone import Backbone
 from distill.models.headed import HeadedBackbone, frozen
 from distill.monitors import Limits, collapse_statistics
@@ -70,6 +70,12 @@ class Stepper:
         self.temperature = teacher_temperature(asked.teacher_temperature, asked.temperature_warmup, total)
         first = next(iter(group.values()))
         self.moves = teacher is None
+        self.moving = [
+            m
+            for n, part in first.average.parts().items()
+            if n != "backbone" or not first.module.backbone_frozen
+            for m in part.modules()
+        ]
         same_view = not config.mask_input and config.teacher_size in (None, config.crops.global_size)
         self.shares_backbone = teacher is None and first.module.backbone_frozen and same_view
         if self.shares_backbone:
@@ -102,7 +108,7 @@ class Stepper:
         pixels, backbone = size or self.config.crops.global_size, model.backbone
         if isinstance(backbone, Backbone):
             return pixels // backbone.patch
-        with torch.no_grad():  # padding decides, so only the network itself knows
+        with torch.no_grad(), self.autocast(model):  # padding decides, so only the network itself knows
             was = backbone.training
             backbone.eval()
             crop = torch.zeros(1, 3, pixels, pixels, device=self.accelerator.device)
@@ -129,7 +135,7 @@ class Stepper:
         with self.autocast(self.teacher):
             targets_of = self.targets(step, batch, parts)
         if self.moves:  # its casts are of no use to anybody once it has moved
-            for module in self.teacher.modules():
+            for module in self.moving:
                 if isinstance(cast := getattr(module, "cast", None), CastCache):
                     cast.clear()
         told = {}
@@ -159,7 +165,7 @@ class Stepper:
             return {grid: self._cached(self.cache, step, batch, parts, chosen[grid], grid)}
         features = self.guide.look(parts)
         self.guide.observe(features)
-        anchors = [f.patches for f in features]
+        anchors = None
         if "anchor" in self.extras and step >= self.gram_from:
             anchors = [self.extras["anchor"](part.global_crops).patches for part in parts]
         return {g: self.guide.targets(features, chosen[g], t, g, self.shares_backbone, anchors) for g in grids}
@@ -173,13 +179,16 @@ class Stepper:
         kept = cache.get(step, batch.global_crops, whole)
         if kept is None:
             dino, ibot = self.guide.vectors(self.guide.look(parts), chosen, grid)
-            made = self.guide.centred(dino, ibot, [patch_weights(c) for c in chosen], t, grid)
-            cls, patches = None, None
+            # Vectors are kept as they are; assignments are made here, and nowhere else: a moving centre must move once a step.
+            whole_dino, whole_ibot = cache.config.dino_k is not None, cache.config.ibot_k is not None
+            weights = [patch_weights(c) for c in chosen]
+            made = self.guide.centred(dino if whole_dino else [], ibot if whole_ibot else [], weights, t, grid)
+            cls: Any = None
+            patches: Any = None
             if self.config.objectives.dino:
-                cls = joined(dino if cache.config.dino_k is None else [m.dino.flatten(0, 1) for m in made])  # type: ignore[union-attr]
+                cls = joined([m.dino.flatten(0, 1) for m in made] if whole_dino else dino)  # type: ignore[union-attr]
             if self.config.objectives.ibot:
-                rows = ibot if cache.config.ibot_k is None else [m.ibot.rows(0, len(m.ibot)) for m in made]  # type: ignore[union-attr,arg-type]
-                patches = in_order(rows, whole, self.micro)
+                patches = InOrder([m.ibot for m in made], whole) if whole_ibot else in_order(ibot, whole)  # type: ignore[misc]
             kept = cache.put(step, batch.global_crops, whole, cls, patches)
         return self._from_kept(kept, whole, chosen, t, grid)
 
@@ -252,11 +261,37 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([p.view(2, len(p) // 2, -1) for p in parts], 1).flatten(0, 1)
 
 
-def in_order(parts: Sequence[Tensor], chosen_CN: Tensor, n: int) -> Tensor:
+def in_order(parts: Sequence[Tensor], chosen_CN: Tensor) -> Tensor:
     """Rows of chosen patches of micro-batches -> in row-major order of the whole batch."""
-    rows = torch.cat(rows_of_patches(chosen_CN, n))
+    rows = torch.cat(rows_of_patches(chosen_CN, len(parts)))
     found = torch.cat(list(parts))
     return torch.empty_like(found).index_copy_(0, rows, found)
+
+
+class InOrder:
+    """Assignments of chosen patches of micro-batches, in row-major order of the whole batch, made when they are asked for."""
+
+    def __init__(self, parts: Sequence[Assignment], chosen_CN: Tensor):
+        self.parts = parts
+        rows = rows_of_patches(chosen_CN, len(parts))
+        self.place = torch.empty(sum(len(r) for r in rows), 2, dtype=torch.int64)  # (micro-batch, row in it) of every patch
+        for i, r in enumerate(rows):
+            self.place[r.cpu()] = torch.stack([torch.full((len(r),), i), torch.arange(len(r))], 1)
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """[stop - start, K] float32; neighbours in one micro-batch are made together."""
+        place = self.place[start:stop]
+        jumps = (place[1:] - place[:-1] != torch.tensor([0, 1])).any(1).nonzero().flatten() + 1
+        runs = [*jumps.tolist(), len(place)] if len(place) else [0]
+        found, first = [], 0
+        for last in runs:
+            part, row = (place[first] if len(place) else torch.zeros(2, dtype=torch.int64)).tolist()
+            found.append(self.parts[part].rows(row, row + last - first))
+            first = last
+        return torch.cat(found)
 
 
 def student_step(

@@ -275,7 +275,7 @@ class TargetsCache:
         if not same:
             raise UserError(
                 f"The targets in {self.folder} belong to other crops or masks than this run makes (first seen at step {slot}). "
-                "The images, or the code that cuts crops, have changed. Delete the folder, or name another one for the cache."
+                "The images, or the code that cuts crops, have changed. Delete the folder, or leave the cache out."
             )
 
 

@@ -141,7 +141,7 @@ class Centring(nn.Module):
     def forward(self, parts: Sequence[Tensor], temperature: float) -> list[Soft]:
         """Logits [S_i, K] of this rank's micro-batches -> their targets."""
         used_K = self.centre[0].clone()
-        total_K = sum_over_ranks(torch.stack([x.float().sum(0) for x in parts]).sum(0))
+        total_K = sum_over_ranks(torch.stack([x.sum(0, dtype=torch.float32) for x in parts]).sum(0))
         count = sum_over_ranks(torch.tensor(float(sum(len(x) for x in parts)), device=used_K.device))
         if count > 0 and bool(total_K.isfinite().all()):  # one bad batch must not stay in the centre for ever
             self.centre.mul_(self.momentum).add_(total_K[None] / count, alpha=1 - self.momentum)

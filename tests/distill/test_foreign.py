@@ -555,7 +555,10 @@ def test_runs_and_model_folders(tmp_path):
         ({"kind": "timm", "name": "resnet18", "path": "w", "pretrained": True}, "needs either path"),
         ({"kind": "run", "path": "r", "name": "resnet18"}, "name cannot be set for kind run: only timm reads it"),
         ({"kind": "transformers", "path": "r", "heads": "h"}, "heads cannot be set for kind transformers: only official"),
-        ({"kind": "transformers", "path": "r", "pos_offset": 0.0}, "pos_offset cannot be set for kind transformers: only official"),
+        (
+            {"kind": "transformers", "path": "r", "pos_offset": 0.0},
+            "pos_offset cannot be set for kind transformers: only official",
+        ),
         ({"kind": "official", "path": "r", "pos_offset": 1.5}, "pos_offset"),
         ({"kind": "official", "path": "r", "attention_heads": 0}, "attention_heads"),
         ({"kind": "timm", "name": "resnet18", "path": "w", "options": {"img_size": 3}}, "options may not hold img_size"),

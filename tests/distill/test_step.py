@@ -436,7 +436,6 @@ def test_no_local_crops():
     assert set(told.terms) == {"dino_global", "ibot", "koleo"}
 
 
-@pytest.mark.xfail(strict=True, reason="step.py: _cached moves the centre once to keep vectors and once more to use them")
 def test_a_moving_centre_moves_once_a_step_whether_vectors_are_kept_or_read(tmp_path):
     config = settings(False, objectives={"centring": "centre"}, cache=CacheConfig())
 
@@ -449,9 +448,6 @@ def test_a_moving_centre_moves_once_a_step_whether_vectors_are_kept_or_read(tmp_
     assert_same_training(trained(), trained())
 
 
-@pytest.mark.xfail(
-    raises=RuntimeError, strict=True, reason="step.py: _grid runs a teacher with bf16 matrices outside of autocast"
-)
 def test_a_teacher_of_timm_in_bf16():
     torch.manual_seed(2)
     backbone = TimmBackbone(TimmConfig(name="vit_tiny_patch16_224", image_size=32, patch=8, options={"depth": 2}))
