@@ -113,13 +113,14 @@ def _models(r: Recipe, teacher: Shape | None) -> Table:
     if teacher is None:
         table.add_row("teacher", "known once it is loaded", "", "", "")
     rows = [] if teacher is None else [("teacher", teacher)]
-    rows += [(f"students/{n}", Shape(s.backbone, *r.heads_of(n))) for n, s in r.students.items()]
+    headed = r.distill.objectives.needs_heads() or any(s.control for s in r.students.values())
+    rows += [(f"students/{n}", Shape(s.backbone, *(r.heads_of(n) if headed else ()))) for n, s in r.students.items()]
     for name, shape in rows:
         table.add_row(
             name,
             named(shape.backbone),
             f"{backbone_parameters(shape.backbone, mask_token=False):,}",
-            f"{shape.head_parameters() / 1e6:.2f} M",
+            f"{shape.head_parameters() / 1e6:.2f} M" if shape.head_parameters() else "none",
             f"{backbone_flops(shape.backbone, r.input.size) / 1e9:.3g}",
         )
     return table

@@ -13,6 +13,7 @@ from distill.data.loader import Batch, MasksConfig
 from distill.errors import DecantError, UserError
 from distill.losses.gram import GramConfig
 from distill.losses.matching import MatchConfig
+from distill.losses.targets import Dense
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
@@ -21,7 +22,7 @@ from distill.models.timm_backbone import TimmBackbone, TimmConfig
 from distill.objectives import ObjectivesConfig
 from distill.optim import OptimConfig
 from distill.runtime import RuntimeConfig
-from distill.step import MAX_BAD_STEPS, Stepper, in_order, joined, rows_of_crops, rows_of_patches
+from distill.step import MAX_BAD_STEPS, InOrder, Stepper, in_order, joined, rows_of_crops, rows_of_patches
 from distill.targets_cache import CacheConfig, TargetsCache
 from distill.train import TrainConfig, micro_batches
 from distill.training_state import Student, prepare_student
@@ -183,7 +184,7 @@ def test_rows_of_parts_find_their_way_back():
         spread[chosen] = values[:, 0]
         whole = Batch(spread[:, :, None, None], torch.zeros(0, 3, 1, 1), chosen).parts(n)
         cut = [w.global_crops[..., 0, 0][p.masks][:, None] for w, p in zip(whole, parts, strict=True)]
-        assert torch.equal(in_order(cut, chosen, n), values)
+        assert torch.equal(in_order(cut, chosen), values)
         for rows, c in zip(rows_of_patches(chosen, n), cut, strict=True):
             assert torch.equal(values[rows], c)
         crops = torch.arange(12)[:, None]
@@ -454,3 +455,13 @@ def test_a_teacher_of_timm_in_bf16():
     teacher = HeadedBackbone(backbone, DINOHead(backbone.dim, HEAD), DINOHead(backbone.dim, HEAD))
     done = Training(settings(False, precision="bf16"), {"one": model(seed=1)}, teacher).go(1)
     assert all(torch.isfinite(torch.tensor(list(done.terms[0]["one"].values()))))
+
+
+def test_assignments_of_micro_batches_are_made_in_the_order_of_the_batch():
+    chosen = torch.rand(12, 9, generator=torch.Generator().manual_seed(1)) < 0.4
+    values = torch.rand(int(chosen.sum()), 5, generator=torch.Generator().manual_seed(2))
+    for n in (1, 2, 3):
+        parts = InOrder([Dense(values[rows]) for rows in rows_of_patches(chosen, n)], chosen)
+        assert len(parts) == len(values)
+        for start, stop in ((0, len(values)), (3, 11), (7, 8), (4, 4)):
+            assert torch.equal(parts.rows(start, stop), values[start:stop]), (n, start, stop)
