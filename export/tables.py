@@ -86,15 +86,24 @@ class Book:
     """Rows to look things up in.
 
     Attributes:
-        resolution: the recipe's own input side; a model that was measured at several is shown at this one.
+        resolution: the students' own input side; a model that was measured at several is shown at this one.
     """
 
     def __init__(self, rows: Iterable[Row]):
         self.rows = list(rows)
         accuracy = [r for r in self.rows if r.metric in ("knn_top1", "linear_top1") and "resolution" in r.conditions]
         fixed = [r for r in accuracy if r.target == "torch-fp32"] or accuracy
+        fixed = [r for r in fixed if r.subject.startswith("students/")] or fixed  # a loaded teacher may see larger images
         timed = [r for r in self.rows if r.metric == "latency_p50_ms" and "resolution" in r.conditions]
         self.resolution: int | None = next((r.conditions["resolution"] for r in [*fixed, *timed]), None)
+        self._sides: dict[tuple[str, str], set[int]] = {}
+        for r in [*accuracy, *timed]:
+            self._sides.setdefault((r.subject, r.target), set()).add(r.conditions["resolution"])
+
+    def side(self, subject: str, target: str) -> int | None:
+        """The resolution that a subject is shown at: the students', or where it was not measured there its own."""
+        sides = self._sides.get((subject, target))
+        return self.resolution if not sides or self.resolution in sides else min(sides)
 
     def all(self, metric: str, subject: str | None = None, target: str | None = None, **conditions: Any) -> list[Row]:
         """Rows in order; a condition that a row does not state does not exclude it."""
@@ -110,19 +119,21 @@ class Book:
     def one(self, metric: str, subject: str, target: str, **conditions: Any) -> Row | None:
         """The row, a measured one before one that says why not, one that states the conditions before one that does not.
 
-        At the recipe's resolution unless told otherwise.
+        At the resolution that the subject is shown at unless told otherwise.
         """
-        wanted = {"resolution": self.resolution} | conditions
+        wanted = {"resolution": self.side(subject, target)} | conditions
         found = self.all(metric, subject, target, **wanted)
         return max(found, key=lambda r: (r.status == "measured", len(wanted.keys() & r.conditions.keys())), default=None)
 
     def difference(self, metric: str, subject: str, target: str, versus: str, resolution: int | None = None) -> Row | None:
         """The paired difference to `versus` ("subject/target")."""
-        return self.one(f"{metric}_difference", subject, target, versus=versus, resolution=resolution or self.resolution)
+        return self.one(
+            f"{metric}_difference", subject, target, versus=versus, resolution=resolution or self.side(subject, target)
+        )
 
     def latency(self, subject: str, target: str, metric: str, largest: bool, resolution: int | None = None) -> Row | None:
         """A timing at the smallest (or largest) batch that was measured, of this artifact."""
-        found = self.all(metric, subject, target, resolution=resolution or self.resolution)
+        found = self.all(metric, subject, target, resolution=resolution or self.side(subject, target))
         measured = sorted((r for r in found if r.status == "measured"), key=lambda r: r.conditions.get("batch", 1))
         return measured[-1 if largest else 0] if measured else found[0] if found else None
 
@@ -176,7 +187,8 @@ def headline_table(rows: Iterable[Row]) -> list[HeadlineRow]:
     book = Book(rows)
     return [
         HeadlineRow(
-            label_of(subject, target),
+            label_of(subject, target)
+            + (f", at {side} px" if (side := book.side(subject, target)) != book.resolution and target in PLAIN else ""),
             subject,
             target,
             book.one("knn_top1", subject, target),

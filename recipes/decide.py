@@ -23,6 +23,7 @@ class Decision:
         action: `skip` (it is done), `continue` (it was interrupted), `restore` (an earlier version with these very settings is
             kept) or `run` (from the start).
         done: the mark of the results that stay as they are; None where there is work to do.
+        kept: where a version that is restored lies.
     """
 
     stage: Stage
@@ -31,6 +32,7 @@ class Decision:
     identity: dict[str, Any]
     key: str
     done: dict[str, Any] | None = None
+    kept: Path | None = None
 
 
 def decide(run_folder: Path, stages: Sequence[Stage], force: Iterable[str] = ()) -> list[Decision]:
@@ -80,9 +82,12 @@ class Book:
         done, started = marks.mark(stage.folder, DONE), marks.mark(stage.folder, STARTED)
         here, forced = done or started, stage.name in self.forced
         if here is None or here["key"] != key:
-            if not forced and (kept := self._kept(stage)) and kept["key"] == key and kept["read"] == self.read(stage):
-                finished = kept if "digest" in kept else None
-                return decision("restore", "an earlier version with these settings is kept", finished)
+            for place in () if forced else self._places(stage):
+                kept = marks.mark(place, DONE) or marks.mark(place, STARTED)
+                if kept and kept["key"] == key and kept["read"] == self.read(stage):
+                    finished = kept if "digest" in kept else None
+                    why = "an earlier version with these settings is kept"
+                    return Decision(stage, "restore", why, identity, key, finished, place)
             return decision("run", "; ".join(marks.changes(here["identity"], identity)) if here else "not done yet")
         if again := [n for n in stage.inputs if self.digests[n] is None]:
             return decision("run", f"its input {again[0]} is made again")
@@ -98,8 +103,13 @@ class Book:
             return decision("run", bad)
         return decision("skip", f"skipped before: {done['skipped']}" if done.get("skipped") else "nothing changed", done)
 
-    def _kept(self, stage: Stage) -> dict[str, Any] | None:
-        return marks.mark(self.attic(stage), DONE) or marks.mark(self.attic(stage), STARTED)
+    def _places(self, stage: Stage) -> list[Path]:
+        """Where an earlier version of a stage may lie: its attic, or the folder that it had in another recipe (a pretraining leaves
+        `teacher/` to the phase that goes on with it). Keys hold the stage's name, so nothing else is taken for it.
+        """
+        homes = (self.run_folder, self.run_folder / "replaced")
+        found = {p.parent for home in homes for p in home.glob(f"*/{DONE}") if p.parent.suffix != ".restoring"}
+        return [self.attic(stage), *sorted(found - {self.attic(stage), stage.folder})]
 
     def note(self, decision: Decision, done: dict[str, Any] | None) -> None:
         name = decision.stage.name

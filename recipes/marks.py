@@ -150,11 +150,12 @@ def move(source: Path, target: Path, foreign: Sequence[Path] = ()) -> None:
     held.rmdir()
 
 
-def restore(folder: Path, attic: Path, foreign: Sequence[Path]) -> None:
-    """Exchange a stage's present version with the one that is kept in `attic`."""
+def restore(folder: Path, place: Path, attic: Path, foreign: Sequence[Path]) -> None:
+    """Move a stage's present version to `attic`, and the one that lies at `place` (its attic, mostly) here."""
     kept = attic.with_name(attic.name + ".restoring")
     shutil.rmtree(kept, ignore_errors=True)
-    os.replace(attic, kept)
+    attic.parent.mkdir(exist_ok=True)
+    os.replace(place, kept)
     move(folder, attic, foreign)
     for path in list(output_files(kept, ())):
         to = folder / path.relative_to(kept)

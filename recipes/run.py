@@ -110,7 +110,8 @@ def _bring_up_to_date(book: Book, stage: Stage, label: str, progress: Progress, 
     decision = book.decide(stage)
     if decision.action == "restore":
         progress.say(f"{label}: {decision.why} and comes back")
-        marks.restore(stage.folder, book.attic(stage), book.foreign(stage))
+        assert decision.kept is not None
+        marks.restore(stage.folder, decision.kept, book.attic(stage), book.foreign(stage))
         decision = book.decide(stage)
     if decision.action == "skip":
         assert decision.done is not None

@@ -82,14 +82,19 @@ def paired_rows(predictions: Predictions, pairs: Sequence[tuple[str, str]], metr
     """Rows `knn_top1_difference`, `linear_top1_difference`: first minus second, percent points with a paired 95 % interval.
 
     Pairs of `subject/target`, e.g. ("students/small/torch-fp32", "control/small/torch-fp32"). Each is compared at every
-    resolution that both were evaluated at; where there is none, the row says so.
+    resolution that both were evaluated at; where there is none but each has one, at those (the images are the same, as for a teacher that
+    sees them larger); else the row says that there is none.
     """
     rows = []
     for first, second in pairs:
         for metric in metrics:
             a, b = predictions.find(first, metric), predictions.find(second, metric)
             rows += [_difference(predictions, a[size], b[size], second, metric) for size in a if size in b]
-            if not a.keys() & b.keys():
+            if not a.keys() & b.keys() and len(a) == len(b) == 1:
+                (mine,), (theirs,) = a.items(), b.items()
+                row = _difference(predictions, mine[1], theirs[1], second, metric)
+                rows.append(row.model_copy(update={"conditions": row.conditions | {"versus_resolution": theirs[0]}}))
+            elif not a.keys() & b.keys():
                 rows.append(_no_difference(first, second, metric, a, b))
     return rows
 

@@ -338,7 +338,7 @@ def test_the_pretraining_goes_on_at_high_resolution_with_schedules_of_its_own(he
     assert "2 × 64 + 1 × 24 px" in plan
     monkeypatch.setattr(Backbone, "forward", watched)
     said = here.do("run", wanted, "--until", "high_res", "--quiet")
-    assert "pretrain: starts" in said.err  # its results go elsewhere now
+    assert "pretrain: an earlier version with these settings is kept and comes back" in said.err  # from `teacher/`
     assert same(here.weights("pretrained"), before)
     assert same(here.weights("pretrained", "heads"), load_file(here.run / "pretrained/heads.safetensors"))
     assert {s for s, _ in sizes[-12:]} == {64, 24}
@@ -356,6 +356,12 @@ def test_the_pretraining_goes_on_at_high_resolution_with_schedules_of_its_own(he
     assert model_info(here.run / "teacher")["lineage"]["kind"] == "high_res"
     here.train(wanted)
     decant("check", here.run / "recipe.yaml", "--out", here.run)
+    assert "pretrain: an earlier version" in here.train(recipe(low)).err
+    assert same(here.weights("teacher"), before)
+    said = here.train(wanted)
+    assert "pretrain: an earlier version" in said.err
+    assert "high_res: an earlier version" in said.err
+    assert same(here.weights("teacher"), after)
 
 
 # ---- targets that are kept
