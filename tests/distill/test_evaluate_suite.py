@@ -214,7 +214,9 @@ def test_paired_differences(scenes, tmp_path):
         assert 0 < c["agreement_percent"] < 100
         assert 0 <= c["mcnemar_p"] <= 1
     assert all(r.value == 0 and r.conditions["agreement_percent"] == 100 for r in rows[:2])
-    assert all(r.status == "not measured" and "16 px" in r.reason for r in rows[4:6])
+    # The same images at another resolution are still the same images.
+    assert [(r.status, r.conditions["versus_resolution"]) for r in rows[4:6]] == [("measured", 16)] * 2
+    assert rows[4].value == pytest.approx(values["students/small", "knn_top1"] - values["raw", "knn_top1"])
     assert all(r.status == "not measured" and "onnx-int8 was not measured" in r.reason for r in rows[6:])
 
 
