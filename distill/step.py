@@ -20,7 +20,8 @@ from distill.data.loader import Batch
 from distill.encoder import Features
 from distill.errors import DecantError
 from distill.losses.assignments import TopK, dense
-from distill.losses.targets import Assignment, Sparse
+from distill.losses.targets import Sparse
+from distill.micro_batches import InOrder, in_order, joined, rows_of_crops, rows_of_patches
 from distill.models.backbone import Backbone
 from distill.models.headed import HeadedBackbone, frozen
 from distill.monitors import Limits, collapse_statistics
@@ -69,13 +70,7 @@ class Stepper:
         self.schedules = Schedules(config.optim, config.batch, total)
         self.temperature = teacher_temperature(asked.teacher_temperature, asked.temperature_warmup, total)
         first = next(iter(group.values()))
-        self.moves = teacher is None
-        self.moving = [
-            m
-            for n, part in first.average.parts().items()
-            if n != "backbone" or not first.module.backbone_frozen
-            for m in part.modules()
-        ]
+        self.moving = [] if teacher is not None else moving_modules(first)
         same_view = not config.mask_input and config.teacher_size in (None, config.crops.global_size)
         self.shares_backbone = teacher is None and first.module.backbone_frozen and same_view
         if self.shares_backbone:
@@ -134,10 +129,9 @@ class Stepper:
         parts = batch.parts(self.micro)
         with self.autocast(self.teacher):
             targets_of = self.targets(step, batch, parts)
-        if self.moves:  # its casts are of no use to anybody once it has moved
-            for module in self.moving:
-                if isinstance(cast := getattr(module, "cast", None), CastCache):
-                    cast.clear()
+        for module in self.moving:  # its casts are of no use to anybody once it has moved
+            if isinstance(cast := getattr(module, "cast", None), CastCache):
+                cast.clear()
         told = {}
         for name, student in self.group.items():
             chosen, targets = [self.chosen(part, self.grids[name]) for part in parts], targets_of[self.grids[name]]
@@ -238,60 +232,10 @@ def fast_convolutions(model: HeadedBackbone) -> None:
         model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def rows_of_crops(crops: int, parts: int, device: torch.device) -> list[Tensor]:
-    """Which of the C crops, crop-major, belong to each micro-batch."""
-    images = torch.arange(crops, device=device).view(2, -1)
-    return [images[:, a:b].flatten() for a, b in edges(crops // 2, parts)]
-
-
-def rows_of_patches(chosen_CN: Tensor, parts: int) -> list[Tensor]:
-    """Which of the chosen patches, numbered in row-major order, belong to each micro-batch, in its own order."""
-    numbers_CN = torch.zeros_like(chosen_CN, dtype=torch.int64)
-    numbers_CN[chosen_CN] = torch.arange(int(chosen_CN.sum()), device=chosen_CN.device)
-    return [numbers_CN[rows][chosen_CN[rows]] for rows in rows_of_crops(len(chosen_CN), parts, chosen_CN.device)]
-
-
-def edges(images: int, parts: int) -> list[tuple[int, int]]:
-    """Where `Batch.parts` cuts."""
-    return [(i * images // parts, (i + 1) * images // parts) for i in range(parts)]
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """CLS rows [2 b, X] of micro-batches -> of the whole batch, crop-major."""
-    return torch.cat([p.view(2, len(p) // 2, -1) for p in parts], 1).flatten(0, 1)
-
-
-def in_order(parts: Sequence[Tensor], chosen_CN: Tensor) -> Tensor:
-    """Rows of chosen patches of micro-batches -> in row-major order of the whole batch."""
-    rows = torch.cat(rows_of_patches(chosen_CN, len(parts)))
-    found = torch.cat(list(parts))
-    return torch.empty_like(found).index_copy_(0, rows, found)
-
-
-class InOrder:
-    """Assignments of chosen patches of micro-batches, in row-major order of the whole batch, made when they are asked for."""
-
-    def __init__(self, parts: Sequence[Assignment], chosen_CN: Tensor):
-        self.parts = parts
-        rows = rows_of_patches(chosen_CN, len(parts))
-        self.place = torch.empty(sum(len(r) for r in rows), 2, dtype=torch.int64)  # (micro-batch, row in it) of every patch
-        for i, r in enumerate(rows):
-            self.place[r.cpu()] = torch.stack([torch.full((len(r),), i), torch.arange(len(r))], 1)
-
-    def __len__(self) -> int:
-        return len(self.place)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """[stop - start, K] float32; neighbours in one micro-batch are made together."""
-        place = self.place[start:stop]
-        jumps = (place[1:] - place[:-1] != torch.tensor([0, 1])).any(1).nonzero().flatten() + 1
-        runs = [*jumps.tolist(), len(place)] if len(place) else [0]
-        found, first = [], 0
-        for last in runs:
-            part, row = (place[first] if len(place) else torch.zeros(2, dtype=torch.int64)).tolist()
-            found.append(self.parts[part].rows(row, row + last - first))
-            first = last
-        return torch.cat(found)
+def moving_modules(student: Student) -> list[nn.Module]:
+    """The modules of a moving average that move: not those of a backbone that is frozen and shared."""
+    parts = student.average.parts().items()
+    return [m for n, part in parts if n != "backbone" or not student.module.backbone_frozen for m in part.modules()]
 
 
 def student_step(

@@ -14,6 +14,7 @@ from distill.errors import DecantError, UserError
 from distill.losses.gram import GramConfig
 from distill.losses.matching import MatchConfig
 from distill.losses.targets import Dense
+from distill.micro_batches import InOrder, in_order, joined, rows_of_crops, rows_of_patches
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
@@ -22,7 +23,7 @@ from distill.models.timm_backbone import TimmBackbone, TimmConfig
 from distill.objectives import ObjectivesConfig
 from distill.optim import OptimConfig
 from distill.runtime import RuntimeConfig
-from distill.step import MAX_BAD_STEPS, InOrder, Stepper, in_order, joined, rows_of_crops, rows_of_patches
+from distill.step import MAX_BAD_STEPS, Stepper
 from distill.targets_cache import CacheConfig, TargetsCache
 from distill.train import TrainConfig, micro_batches
 from distill.training_state import Student, prepare_student
