@@ -1,4 +1,4 @@
-"""Gram anchoring: keep the similarities among an image's patches as an anchor has them (DINOv3, arXiv 2508.10104, section 4.2).
+"""Gram anchoring: keep the similarities among an image's patches as an anchor has them (DINOv3, arXiv 2508.10104, "Gram anchoring").
 
 Long training erodes patch features while CLS features still gain. The loss leaves the features free to move as long as the Gram matrix
 of their directions stays: it has no width, so student and anchor may differ in theirs, and no projector is needed in distillation.
@@ -25,7 +25,7 @@ class GramConfig(Config):
     teacher it is that teacher, `snapshot`, `refresh` and `refreshes` have no meaning, and `start: 0` is the natural choice (DINOv3 itself
     distils without it, having seen no erosion there).
     Defaults are DINOv3's: snapshot at 200k, loss from 1M on, then three refreshes 10k apart, of 1.2M steps. The anchor is early on
-    purpose: one taken at 1M steps, when patches have eroded, harms (its figure 9).
+    purpose: one taken at 1M steps, when patches have eroded, harms.
 
     Attributes:
         weight: of the loss below.
@@ -66,7 +66,7 @@ class GramConfig(Config):
 
 
 def gram_loss(student_CND: Float[Tensor, "c n d"], anchor_CNE: Float[Tensor, "c n e"]) -> Float[Tensor, ""]:
-    """Mean over crops and over all N x N pairs of patches of (cos_student - cos_anchor)^2 (equation 2, as the mean that the public code
+    """Mean over crops and over all N x N pairs of patches of (cos_student - cos_anchor)^2 (the paper's Gram loss, as the mean that the public code
     takes, so that `weight` does not depend on N).
 
     As in the published training: all patches, masked ones too, Gram matrices per image, negative similarities kept (its options to cut
