@@ -66,7 +66,7 @@ class GramConfig(Config):
 
 
 def gram_loss(student_CND: Float[Tensor, "c n d"], anchor_CNE: Float[Tensor, "c n e"]) -> Float[Tensor, ""]:
-    """Mean over crops and over all N x N pairs of patches of (cos_student - cos_anchor)^2 (the paper's Gram loss, as the mean that the public code
+    """Mean over crops and over all N x N pairs of patches of (cos_student - cos_anchor)^2 (the paper's loss as the mean that the public code
     takes, so that `weight` does not depend on N).
 
     As in the published training: all patches, masked ones too, Gram matrices per image, negative similarities kept (its options to cut
