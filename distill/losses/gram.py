@@ -66,8 +66,8 @@ class GramConfig(Config):
 
 
 def gram_loss(student_CND: Float[Tensor, "c n d"], anchor_CNE: Float[Tensor, "c n e"]) -> Float[Tensor, ""]:
-    """Mean over crops and over all N x N pairs of patches of (cos_student - cos_anchor)^2 (the paper's loss as the mean that the public code
-    takes, so that `weight` does not depend on N).
+    """Mean over crops and over all N x N pairs of patches of (cos_student - cos_anchor)^2 (the paper's loss as the public code's mean,
+    so that `weight` does not depend on N).
 
     As in the published training: all patches, masked ones too, Gram matrices per image, negative similarities kept (its options to cut
     them off, or to compare patches across images, were off there and are not offered). No gradient reaches the anchor, which must be on
