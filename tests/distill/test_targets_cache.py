@@ -511,7 +511,7 @@ def test_other_settings_are_named_with_both_values(tmp_path):
         "crops.flip (absent there, 0.5 here)",
         "ibot_k (5 there, 6 here)",
         "teacher.sha256 (aaaaaaaaaaaa... there, bbbbbbbbbbbb... here)",
-        "Delete the folder, or name another one",
+        "Delete the folder, or leave the cache out",
     ):
         assert part in text
     assert "temperature" not in text

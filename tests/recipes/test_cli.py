@@ -58,7 +58,9 @@ def kitchen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kitchen:
 
     monkeypatch.setitem(sys.modules, "recipes.schema", module(Recipe=Recipe))
     monkeypatch.setitem(sys.modules, "recipes.stages", module(plan=kitchen.plan))
-    monkeypatch.setitem(sys.modules, "recipes.describe", module(describe=lambda recipe, run: f"plan of {recipe.name} in {run}"))
+    monkeypatch.setitem(
+        sys.modules, "recipes.describe", module(describe=lambda recipe, run, processes: f"plan of {recipe.name} in {run}")
+    )
     table = module(console_table=lambda rows: "TABLE " + ", ".join(f"{r.subject} {r.value:g}" for r in rows))
     monkeypatch.setitem(sys.modules, "export.report", table)
     monkeypatch.delenv("DECANT_DEBUG", raising=False)
