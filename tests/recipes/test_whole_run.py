@@ -172,9 +172,9 @@ def test_contradictions_are_reported_all_at_once_with_lines(tmp_path):
     lines = refused.stderr.strip().splitlines()
     assert any("did you mean heads" in line and "bad.yaml:8" in line for line in lines), lines
     assert any("distill.batch" in line for line in lines), lines
-    path.write_text(RECIPE.replace("patch: 8, image_size: 32, dim: 16", "patch: 4, image_size: 32, dim: 16"))
+    path.write_text(RECIPE.replace("patch: 8, image_size: 32, dim: 16", "patch: 5, image_size: 30, dim: 16"))
     refused = decant("check", path)
-    assert "iBOT compares patch by patch" in refused.stderr
+    assert "is not a multiple of the patch of 5 px" in refused.stderr
 
 
 @pytest.mark.slow
