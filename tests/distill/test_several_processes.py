@@ -277,8 +277,9 @@ def same_tensors(a: dict, b: dict, tolerance: float = 1e-5) -> None:
     assert a.keys() == b.keys()
     for key in a:
         x, y = (comparable(key, t) for t in (a[key], b[key]))
-        scale = y.norm().item() if "adam" not in key else max(y.norm().item(), 1e-6)
-        assert (x - y).norm().item() <= tolerance * max(scale, 1e-6) * (10 if "adam" in key else 1), (
+        # Biases begin at 0 and a few steps move them by thousandths: there the last digits are Adam's noise, not a difference.
+        least = 1e-2 if key.endswith("bias") and "adam" not in key else 1e-6
+        assert (x - y).norm().item() <= tolerance * max(y.norm().item(), least) * (10 if "adam" in key else 1), (
             key,
             (x - y).norm() / y.norm(),
         )
