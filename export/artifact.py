@@ -15,6 +15,9 @@ from distill.errors import UserError
 from distill.files import read_json, write_json
 
 FORMAT = "decant-artifact-1"
+# int8 and fp8 quantize weights and activations, w8 and w4 only weights (to INT8 and INT4).
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "w8", "w4"]
+Runtime = Literal["onnxruntime", "openvino", "tensorrt_rtx", "tensorrt"]
 NAME = "artifact.json"
 
 
@@ -73,7 +76,7 @@ class Artifact(Config):
 
     Attributes:
         student: name of the model in the run, e.g. `small`.
-        target: `onnx-fp32`, `onnx-fp16`, `onnx-int8`, `rtx-fp16`, `rtx-int8`, `trt-fp16`, `trt-int8`.
+        target: one of export/targets.py, e.g. `onnx-int8`.
         precision: the precision of the linear layers, verified in the graph before the file got its name.
         runtime: what executes the files.
         source: the target that this one was made from (`torch-fp32` when from the model itself).
@@ -88,8 +91,8 @@ class Artifact(Config):
     format: Literal["decant-artifact-1"] = "decant-artifact-1"
     student: str
     target: str
-    precision: Literal["fp32", "fp16", "int8"]
-    runtime: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+    precision: Precision
+    runtime: Runtime
     files: list[ArtifactFile] = Field(min_length=1)
     source: str
     dim: int
