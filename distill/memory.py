@@ -156,8 +156,9 @@ def _casts(s: Shape, bf16: bool) -> float:
     of_blocks = backbone_parameters(s.backbone) if isinstance(s.backbone, BackboneConfig) else 0
     folded = of_blocks
     if isinstance(s.backbone, BackboneConfig) and not bf16:
-        dim, depth, _, _ = s.backbone.shape()
-        folded = depth * dim * (dim + s.backbone.hidden()) if s.backbone.layer_scale else 0
+        config = s.backbone
+        inner = sum(b.heads * config.head_width() + b.hidden for b in config.widths())
+        folded = config.shape()[0] * inner if config.layer_scale else 0
     return (HALF if bf16 else FLOAT) * (folded + s.prototypes())
 
 
@@ -206,13 +207,16 @@ def image_activations(config: AnyConfig, size: int, value: int, recompute: bool)
     if not isinstance(config, BackboneConfig):
         return _by_layers(config, size)
     dim, depth, _, ffn = config.shape()
-    t, hidden = tokens_of(config, size), config.hidden() * (1 if ffn == "mlp" else 3)
+    t, kept, widest = tokens_of(config, size), 0.0, max(b.hidden for b in config.widths()) * (1 if ffn == "mlp" else 3)
     fused = 4 if value == HALF or t <= 128 else 5  # q, k, v and the result; the fused kernel's result is also reordered
     # Both halves keep their input (float32) and what `fused.py` lists; backward then needs as much again of one half.
-    block = (1 - config.drop_path) * (2 * FLOAT * dim + value * (fused * dim + hidden))
-    passing = value * hidden + 2 * FLOAT * dim
+    for widths in config.widths():
+        inner = fused * widths.heads * config.head_width() + widths.hidden * (1 if ffn == "mlp" else 3)
+        block = (1 - config.drop_path) * (2 * FLOAT * dim + value * inner)
+        kept = max(kept, block) if recompute else kept + block
+    passing = value * widest + 2 * FLOAT * dim
     outside = 4 * FLOAT * dim  # patches, their positions, the final norm and its result
-    return t * (depth * (FLOAT * dim if recompute else block) + (block if recompute else 0) + passing + outside)
+    return t * (kept + (depth * FLOAT * dim if recompute else 0) + passing + outside)
 
 
 def _by_layers(config: AnyConfig, size: int) -> float:

@@ -27,6 +27,13 @@ ARCHS: dict[str, tuple[int, int, int, str]] = {
 }
 
 
+class BlockWidths(Config):
+    """One block of a pruned network: its attention heads, and the width inside its feed-forward (of a SwiGLU: of either half)."""
+
+    heads: int
+    hidden: int
+
+
 class BackboneConfig(Config):
     """A ViT by name, with every measure open to override.
 
@@ -36,6 +43,9 @@ class BackboneConfig(Config):
         patch: side of a patch in pixels.
         image_size: the resolution whose grid the position embedding is learned on; other sizes are resampled.
         dim, depth, heads, ffn: overrides of the named shape. SwiGLU's hidden width is 2/3 of the MLP's, rounded up to 8.
+        head_dim: width of a head; null: dim / heads.
+        blocks: widths of every block, for a pruned network; their number is the depth. Needs `head_dim`, since a network that lost heads
+            or width no longer divides into heads.
         registers: number of register tokens (arXiv 2309.16588).
         drop_path: stochastic depth, one rate for all blocks; drops whole samples and saves their compute.
         layer_scale: initial LayerScale gamma. 1e-5 suits long schedules; short ones on small data need about 1.
@@ -51,6 +61,8 @@ class BackboneConfig(Config):
     depth: int | None = None
     heads: int | None = None
     ffn: Literal["mlp", "swiglu"] | None = None
+    head_dim: int | None = None
+    blocks: list[BlockWidths] | None = None
     registers: int = 0
     drop_path: float = 0.0
     layer_scale: float = 1e-5
@@ -59,15 +71,34 @@ class BackboneConfig(Config):
     pos_antialias: bool = False
 
     def shape(self) -> tuple[int, int, int, str]:
-        """(dim, depth, heads, feed-forward kind) after overrides."""
+        """(dim, depth, heads, feed-forward kind) after overrides; of a pruned network the heads of the block that has most."""
         dim, depth, heads, ffn = ARCHS[self.arch]
         dim = dim if self.dim is None else self.dim
         depth = depth if self.depth is None else self.depth
         heads = heads if self.heads is None else self.heads
+        if self.blocks:
+            depth, heads = len(self.blocks), max(b.heads for b in self.blocks)
         return dim, depth, heads, self.ffn or ffn
 
+    def widths(self) -> list[BlockWidths]:
+        """Of every block, pruned or not."""
+        if self.blocks is not None:
+            return self.blocks
+        _, depth, heads, _ = self.shape()
+        return [BlockWidths(heads=heads, hidden=self.hidden())] * depth
+
+    def head_width(self) -> int:
+        dim, _, heads, _ = self.shape()
+        return dim // heads if self.head_dim is None else self.head_dim
+
+    def regular(self) -> bool:
+        """Whether dim, depth, heads and ffn say everything, as other libraries' configurations of a ViT take it."""
+        dim, depth, heads, _ = self.shape()
+        alike = self.widths() == [BlockWidths(heads=heads, hidden=self.hidden())] * depth
+        return alike and heads * self.head_width() == dim
+
     def hidden(self) -> int:
-        """Width inside the feed-forward: 4 D, or for SwiGLU 2/3 of it rounded up to a multiple of 8."""
+        """Width inside the feed-forward where `blocks` does not say it: 4 D, or for SwiGLU 2/3 of it rounded up to a multiple of 8."""
         dim, _, _, ffn = self.shape()
         return 4 * dim if ffn == "mlp" else (int(4 * dim * 2 / 3) + 7) // 8 * 8
 
@@ -79,14 +110,34 @@ class BackboneConfig(Config):
             found.append("patch, image_size, dim, depth and heads must be at least 1")
         elif self.image_size % self.patch:
             found.append(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
-        if heads >= 1 and dim % heads:
+        if heads >= 1 and dim % heads and self.head_dim is None and self.blocks is None:
             found.append(f"dim {dim} is not divisible by heads {heads}")
+        if self.head_dim is not None and self.head_dim < 1:
+            found.append(f"head_dim must be at least 1, got {self.head_dim}")
+        found += self._block_problems()
         if not 0 <= self.pos_offset < 1:
             found.append(f"pos_offset must be at least 0 and below 1, got {self.pos_offset}")
         if self.registers < 0:
             found.append(f"registers must be at least 0, got {self.registers}")
         if not 0 <= self.drop_path < 1:
             found.append(f"drop_path must be at least 0 and below 1, got {self.drop_path}")
+        return found
+
+    def _block_problems(self) -> list[str]:
+        if self.blocks is None:
+            return []
+        if not self.blocks:
+            return ["blocks must name at least one block"]
+        found = []
+        if self.head_dim is None:
+            found.append("blocks needs head_dim: heads of a pruned network keep the width that they had")
+        if self.heads is not None:
+            found.append("heads contradicts blocks, which says the heads of every block: leave it out")
+        if self.depth not in (None, len(self.blocks)):
+            found.append(f"depth {self.depth} contradicts blocks, which names {len(self.blocks)}")
+        for i, b in enumerate(self.blocks):
+            if min(b.heads, b.hidden) < 1:
+                found.append(f"blocks[{i}] must have at least 1 head and 1 hidden unit, got {b.heads} and {b.hidden}")
         return found
 
 
@@ -101,7 +152,7 @@ class Backbone(nn.Module):
         from timm.layers.mlp import SwiGLUPacked
         from timm.models.vision_transformer import Mlp, VisionTransformer
 
-        from distill.models.blocks import Block
+        from distill.models.blocks import Block, set_widths
 
         super().__init__()
         dim, depth, heads, ffn = config.shape()
@@ -114,7 +165,7 @@ class Backbone(nn.Module):
             global_pool="",
             embed_dim=dim,
             depth=depth,
-            num_heads=heads,
+            num_heads=heads if dim % heads == 0 else 1,  # timm refuses what `set_widths` is going to put right
             mlp_ratio=(hidden + 0.5) / dim,  # timm floors dim * ratio: the half keeps rounding out of it
             init_values=config.layer_scale,
             dynamic_img_size=True,
@@ -123,6 +174,9 @@ class Backbone(nn.Module):
             block_fn=Block,
             weight_init="skip",
         )
+        if not config.regular():
+            for block, widths in zip(vit.blocks, config.widths(), strict=True):
+                set_widths(block, dim, widths.heads, config.head_width(), widths.hidden, ffn)
         self.config = config
         self.dim, self.patch, self.n_blocks = dim, config.patch, depth
         self.patch_embed, self.blocks, self.norm = vit.patch_embed, vit.blocks, vit.norm
@@ -228,19 +282,22 @@ def parameter_count(config: BackboneConfig, mask_token: bool = True) -> int:
     inference models.
     """
     dim, depth, _, ffn = config.shape()
-    hidden = config.hidden()
-    attention = 4 * dim * dim + 4 * dim
-    feed_forward = dim * hidden * (3 if ffn == "swiglu" else 2) + hidden * (2 if ffn == "swiglu" else 1) + dim
-    block = attention + feed_forward + 4 * dim + 2 * dim * bool(config.layer_scale)
+    total = 0
+    for widths in config.widths():
+        inner, hidden = widths.heads * config.head_width(), widths.hidden
+        total += 4 * dim * inner + 3 * inner + dim
+        total += dim * hidden * (3 if ffn == "swiglu" else 2) + hidden * (2 if ffn == "swiglu" else 1) + dim
+    total += depth * (4 * dim + 2 * dim * bool(config.layer_scale))
     tokens = 1 + 1 + (config.image_size // config.patch) ** 2 + config.registers + bool(mask_token)  # CLS, its position, ...
-    return 3 * config.patch**2 * dim + dim + tokens * dim + depth * block + 2 * dim
+    return 3 * config.patch**2 * dim + dim + tokens * dim + total + 2 * dim
 
 
 def flops_per_image(config: BackboneConfig, size: int) -> int:
     """Floating-point operations (2 per multiply-add) of matrix products in one forward pass at size x size pixels."""
-    dim, depth, _, ffn = config.shape()
+    dim, _, _, ffn = config.shape()
     n = (size // config.patch) ** 2
     t = n + 1 + config.registers
-    feed_forward = (3 if ffn == "swiglu" else 2) * dim * config.hidden()
-    block = t * (4 * dim * dim + feed_forward) + 2 * t * t * dim
-    return 2 * (n * 3 * config.patch**2 * dim + depth * block)
+    inner = sum(b.heads for b in config.widths()) * config.head_width()
+    hidden = sum(b.hidden for b in config.widths())
+    blocks = t * (4 * dim * inner + (3 if ffn == "swiglu" else 2) * dim * hidden) + 2 * t * t * inner
+    return 2 * (n * 3 * config.patch**2 * dim + blocks)

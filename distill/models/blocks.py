@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from timm.layers.mlp import GluMlp
+from timm.layers.attention import Attention
+from timm.layers.mlp import GluMlp, SwiGLUPacked
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import Mlp
 from torch import Tensor, nn
@@ -92,3 +93,14 @@ def _ordinary(attn: Any) -> bool:
 def _gamma(scale: nn.Module) -> Tensor | None:
     """LayerScale's gamma; None for a block without it."""
     return getattr(scale, "gamma", None)
+
+
+def set_widths(block: Any, dim: int, heads: int, head_dim: int, hidden: int, ffn: str) -> None:
+    """Give a block of width `dim` new attention and feed-forward of these widths, as pruning leaves them: `heads` x `head_dim` need not be
+    `dim`. Every number that timm's attention keeps of its shape is set by its own constructor.
+    """
+    block.attn = Attention(dim, heads, attn_head_dim=head_dim, qkv_bias=True)
+    if ffn == "swiglu":
+        block.mlp = SwiGLUPacked(dim, 2 * hidden, act_layer=nn.SiLU)
+    else:
+        block.mlp = Mlp(dim, hidden)

@@ -112,7 +112,7 @@ class ScaledLinear(torch.autograd.Function):
 
 
 class SlicedAttention(torch.autograd.Function):
-    """softmax(Q K^T / sqrt(d)) V from one [B, T, 3 D] matrix, by batched products over slices of the batch; scores are made again in the
+    """softmax(Q K^T / sqrt(d)) V from one [B, T, 3 D] matrix (D: heads times their width, in a pruned block not the stream's width), by batched products over slices of the batch; scores are made again in the
     backward pass and never exist for more than a slice.
     """
 
