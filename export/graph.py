@@ -8,6 +8,7 @@ Shape legend: B batch, N patch tokens, D width.
 
 import copy
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -48,7 +49,10 @@ class _NormInFloat(nn.Module):
 
 
 class _Exported(nn.Module):
-    """images [B, 3, size, size] float32 -> (cls [B, D], patches [B, N, D]) float32, on a copy of the backbone."""
+    """images [B, 3, size, size] float32 -> (cls [B, D], patches [B, N, D]) float32, on a copy of the backbone.
+
+    The residual stream after each block [B, T, D] follows, so that the trace names it; it is no output of the file.
+    """
 
     def __init__(self, backbone: AnyBackbone, size: int, precision: Literal["fp32", "fp16"]):
         super().__init__()
@@ -65,9 +69,14 @@ class _Exported(nn.Module):
             for (parent, name, _), norm in zip(norms, floats, strict=True):
                 setattr(parent, name, norm)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.stream: list[Tensor] = []
+        for _, block in named_blocks(self.backbone):
+            block.register_forward_hook(lambda _module, _inputs, x: self.stream.append(x))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        self.stream.clear()
         out = self.backbone(images.half() if self.half_inside else images)
-        return out.cls.float(), out.patches.float()
+        return out.cls.float(), out.patches.float(), *self.stream
 
 
 def export_onnx(backbone: AnyBackbone, path: Path, size: int, precision: Literal["fp32", "fp16"] = "fp32") -> None:
@@ -94,8 +103,9 @@ def export_onnx(backbone: AnyBackbone, path: Path, size: int, precision: Literal
         raise UserError(
             f"{broken[0]} holds values that are not finite in {precision}; train the model again or lower the learning rate."
         )
-    model = _trace(traced, size)
+    model = _trace(traced, size, [name for name, _ in named_blocks(traced.backbone)])
     _name_linears(model, traced.backbone)
+    _name_attention(model, traced.backbone)
     _strip(model)
     norms = sum(isinstance(m, nn.LayerNorm) for m in traced.modules())
     fused = sum(n.op_type == "LayerNormalization" for n in model.graph.node)
@@ -187,7 +197,14 @@ def verify_precision(model: ModelProto, precision: Literal["fp32", "fp16", "int8
         )
 
 
-def _trace(module: nn.Module, size: int) -> ModelProto:
+def named_blocks(backbone: AnyBackbone) -> list[tuple[str, nn.Module]]:
+    """The transformer blocks and their modules' names, `blocks.0` and on (`net.blocks.0` in timm's models): also the names of the
+    residual stream behind them, [B, T, D], in every exported graph.
+    """
+    return [(name, module) for name, module in backbone.named_modules() if re.fullmatch(r"(net\.)?blocks\.\d+", name)]
+
+
+def _trace(module: nn.Module, size: int, stream: list[str]) -> ModelProto:
     """torch.export, then torch's ONNX translation with its own constant folding. Batch 2: a batch of 1 would be specialised."""
     with _quiet(), torch.inference_mode(False), torch.no_grad():
         program = torch.onnx.export(
@@ -196,13 +213,16 @@ def _trace(module: nn.Module, size: int) -> ModelProto:
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=list(OUTPUTS),
+            output_names=[*OUTPUTS, *stream],
             dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
             optimize=True,
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    assert [o.name for o in model.graph.output] == [*OUTPUTS, *stream]
+    del model.graph.output[len(OUTPUTS) :]
+    return model
 
 
 @contextmanager
@@ -241,6 +261,23 @@ def _name_linears(model: ModelProto, backbone: nn.Module) -> None:
         tensor.name = renamed.get(tensor.name, tensor.name)
     for node in model.graph.node:
         node.input[:] = [renamed.get(i, i) for i in node.input]
+
+
+def _name_attention(model: ModelProto, backbone: nn.Module) -> None:
+    """Call the products of each attention `blocks.0.attn.qk` and `blocks.0.attn.av`: they stand before and behind its softmax."""
+    names = [name for name, module in backbone.named_modules() if hasattr(module, "fused_attn")]
+    softmaxes = [n for n in model.graph.node if n.op_type == "Softmax"]
+    if len(names) != len(softmaxes):
+        raise EnvironmentFailed(
+            f"torch {torch.__version__} exported {len(softmaxes)} softmaxes for {len(names)} attentions; "
+            "install torch 2.14, known to work."
+        )
+    made = {o: n for n in model.graph.node for o in n.output}
+    readers = {i: n for n in model.graph.node for i in n.input}
+    for name, softmax in zip(names, softmaxes, strict=True):
+        scores, mixed = made[softmax.input[0]], readers[softmax.output[0]]
+        assert scores.op_type == mixed.op_type == "MatMul", f"{name}: {scores.op_type} and {mixed.op_type} around the softmax"
+        scores.name, mixed.name = f"{name}.qk", f"{name}.av"
 
 
 def _strip(model: ModelProto) -> None:

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from tiny import backbone, pictures
 
 from distill.errors import EnvironmentFailed, GateFailed, UserError
+from distill.models.timm_backbone import TimmBackbone, TimmConfig
 from export import graph
 from export.graph import element_types, export_onnx, linear_nodes, load_graph, serialize, type_counts, verify_precision
 
@@ -133,6 +134,46 @@ def test_linear_layers_carry_their_modules_names(graphs):
     assert [n.name for n in linear_nodes(load_graph(path))] == want
 
 
+@pytest.mark.parametrize("name", [*FP32, "timm"])
+def test_the_residual_stream_is_named_after_its_block(graphs, name, tmp_path):
+    """Each `blocks.i` holds what the torch block returns, not the sum in its middle or the block before."""
+    if name == "timm":
+        options = {"embed_dim": 32, "depth": 3, "num_heads": 2, "init_values": 1.0}
+        model = TimmBackbone(TimmConfig(name="vit_tiny_patch16_224", image_size=32, patch=8, options=options)).eval()
+        path, size, prefix = tmp_path / "timm.onnx", 32, "net."
+        export_onnx(model, path, size)
+    else:
+        (model, path, size), prefix = graphs[name], ""
+    names = [f"{prefix}blocks.{i}" for i in range(model.n_blocks)]
+    seen: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda _m, _i, x: seen.append(x)) for _, block in graph.named_blocks(model)]
+    images = pictures(2, size)
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    loaded = load_graph(path)
+    assert [o.name for o in loaded.graph.output] == ["cls", "patches"]
+    loaded.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in names)
+    session = onnxruntime.InferenceSession(serialize(loaded), providers=["CPUExecutionProvider"])
+    got = session.run(names, {"images": images.numpy()})
+    assert len(got) == len(seen) == model.n_blocks
+    for a, b in zip(got, seen, strict=True):
+        assert np.abs(a - b.numpy()).max() < 2e-5 * float(b.abs().max())
+    assert float((seen[0] - seen[1]).abs().max()) > 0.1  # else any two would do
+
+
+@pytest.mark.parametrize("name", FP32 + FP16)
+def test_the_products_of_attention_are_named(graphs, name):
+    model, path, _ = graphs[name]
+    nodes = load_graph(path).graph.node
+    softmaxes = [n for n in nodes if n.op_type == "Softmax"]
+    made = {o: n for n in nodes for o in n.output}
+    assert [made[s.input[0]].name for s in softmaxes] == [f"blocks.{i}.attn.qk" for i in range(model.n_blocks)]
+    behind = [next(n for n in nodes if s.output[0] in n.input) for s in softmaxes]
+    assert [n.name for n in behind] == [f"blocks.{i}.attn.av" for i in range(model.n_blocks)]
+
+
 def test_same_weights_same_bytes_in_another_process_and_folder(graphs, tmp_path):
     _, path, size = graphs["swiglu-fp16"]
     script = (
@@ -201,7 +242,7 @@ def test_larger_than_an_onnx_file_can_be(tmp_path, monkeypatch):
 def test_an_exporter_that_decomposes_layer_norm_is_refused(tmp_path, monkeypatch, graphs):
     broken = load_graph(graphs["mlp-fp32"][1])
     next(n for n in broken.graph.node if n.op_type == "LayerNormalization").op_type = "Identity"
-    monkeypatch.setattr(graph, "_trace", lambda module, size: broken)
+    monkeypatch.setattr(graph, "_trace", lambda module, size, stream: broken)
     with pytest.raises(EnvironmentFailed, match="exported 4 of 5 LayerNorms as one op"):
         export_onnx(graphs["mlp-fp32"][0], tmp_path / "m.onnx", 32)
     assert list(tmp_path.iterdir()) == []
