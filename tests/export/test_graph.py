@@ -160,7 +160,7 @@ def test_the_residual_stream_is_named_after_its_block(graphs, name, tmp_path):
     assert len(got) == len(seen) == model.n_blocks
     for a, b in zip(got, seen, strict=True):
         assert np.abs(a - b.numpy()).max() < 2e-5 * float(b.abs().max())
-    assert float((seen[0] - seen[1]).abs().max()) > 0.1  # else any two would do
+    assert float((seen[0] - seen[1]).abs().max()) > 1e-2  # else any two would do
 
 
 @pytest.mark.parametrize("name", FP32 + FP16)
