@@ -175,8 +175,8 @@ class Backbone(nn.Module):
             weight_init="skip",
         )
         if not config.regular():
-            for block, widths in zip(vit.blocks, config.widths(), strict=True):
-                set_widths(block, dim, widths.heads, config.head_width(), widths.hidden, ffn)
+            for whole, widths in zip(vit.blocks, config.widths(), strict=True):
+                set_widths(whole, dim, widths.heads, config.head_width(), widths.hidden, ffn)
         self.config = config
         self.dim, self.patch, self.n_blocks = dim, config.patch, depth
         self.patch_embed, self.blocks, self.norm = vit.patch_embed, vit.blocks, vit.norm

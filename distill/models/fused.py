@@ -112,8 +112,8 @@ class ScaledLinear(torch.autograd.Function):
 
 
 class SlicedAttention(torch.autograd.Function):
-    """softmax(Q K^T / sqrt(d)) V from one [B, T, 3 D] matrix (D: heads times their width, in a pruned block not the stream's width), by batched products over slices of the batch; scores are made again in the
-    backward pass and never exist for more than a slice.
+    """softmax(Q K^T / sqrt(d)) V from one [B, T, 3 D] matrix, by batched products over slices of the batch; scores are made again in the
+    backward pass and never exist for more than a slice. In a pruned block D is heads times head_dim, not the stream's width.
     """
 
     @staticmethod
