@@ -266,9 +266,7 @@ def _reached(name: str, measured: Measured) -> str:
     value = measured.get(name)
     if name == "cosine_min":
         return "no finite cosine" if value is None else f"cosine_min {value:.5f}"
-    return (
-        f"{POINTS[name]} not measured, as the cosine is too low" if value is None else f"{value:.2f} {POINTS[name]} points lost"
-    )
+    return f"a {POINTS[name]} loss that was not measured" if value is None else f"{value:.2f} {POINTS[name]} points lost"
 
 
 def search(
