@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import Config
-from distill.schedules import Cosine, Linear, is_decayed, layer_multiplier
+from distill.schedules import SCALES, Cosine, Linear, is_decayed, layer_multiplier
 from distill.sharding import whole
 
+SCALE_LR = (
+    1.0  # learning-rate factor of quantization's scales, whose logarithm is learned: a step changes them by lr times this
+)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -99,6 +102,7 @@ def make_optimizer(modules: dict[str, nn.Module], blocks: int, config: OptimConf
             factor = (
                 layer_multiplier(name, blocks, config.layer_decay, config.patch_embed_lr) if module_name == "backbone" else 1.0
             )
+            factor *= SCALE_LR if name.endswith(SCALES) else 1.0
             decayed = is_decayed(name) and p not in norms  # not every norm is called one: `bn1`, `layers.1`
             groups.setdefault((factor, decayed, "last_layer" in name), []).append(p)
     optimizer = torch.optim.AdamW(

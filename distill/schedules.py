@@ -6,6 +6,8 @@ Pure functions of the step; a run of any length is described by numbers, so resu
 import math
 from dataclasses import dataclass
 
+SCALES = "_log_scale"  # how names of learned scales of quantization end (distill/models/fake_quant.py)
+
 
 @dataclass(frozen=True)
 class Cosine:
@@ -72,5 +74,7 @@ def layer_multiplier(name: str, blocks: int, decay: float, patch_embed: float) -
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies: not to biases, norms and LayerScale, but to tokens, positions and both parts of weight norm."""
-    return not (name.endswith("bias") or "norm" in name or "gamma" in name)
+    """Whether weight decay applies: not to biases, norms, LayerScale and quantization's scales, but to tokens, positions and both parts of
+    weight norm.
+    """
+    return not (name.endswith(("bias", SCALES)) or "norm" in name or "gamma" in name)

@@ -6,7 +6,7 @@ the network one after the other and their activations never live together.
 Shape legend: B images of a process, C = 2 B global crops, N patches, M chosen patches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from distill.optim import Schedules, clip_each, set_step, teacher_temperature, u
 from distill.runtime import RuntimeConfig, uses_bf16
 from distill.sharding import fully_sharded, hollow, is_sharded, linear_in_bf16, sharded_copy
 from distill.targets_cache import Cached, TargetsCache
-from distill.training_state import Student
+from distill.training_state import AfterStep, Student
 
 if TYPE_CHECKING:
     from distill.train import TrainConfig
@@ -64,8 +64,12 @@ class Stepper:
         runtime: RuntimeConfig,
         micro: int = 1,
         cache: TargetsCache | None = None,
+        after_step: AfterStep | None = None,
     ):
         self.config, self.group, self.accelerator, self.micro, self.cache = config, group, accelerator, micro, cache
+        self.after_step = after_step
+        for name, student in group.items():
+            student.project(name, after_step)
         asked = config.objectives
         self.schedules = Schedules(config.optim, config.batch, total)
         self.temperature = teacher_temperature(asked.teacher_temperature, asked.temperature_warmup, total)
@@ -136,9 +140,10 @@ class Stepper:
         for name, student in self.group.items():
             chosen, targets = [self.chosen(part, self.grids[name]) for part in parts], targets_of[self.grids[name]]
             context = self.autocast(student.module)
+            after_step = partial(student.project, name, self.after_step)
             terms, norms, cls = student_step(
                 student, parts, chosen, targets, self.config, self.schedules, step, self.accelerator, context,
-                anchored=step >= self.gram_from,
+                anchored=step >= self.gram_from, after_step=after_step,
             )  # fmt: skip
             limits = None
             if watch:
@@ -249,6 +254,7 @@ def student_step(
     accelerator: Any,
     autocast: Any,
     anchored: bool = True,
+    after_step: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], dict[str, float], Tensor]:
     """(terms, gradient norms before clipping, CLS of every image's first global crop [B, D]) of one student's step. A step whose loss or
     gradient is not finite changes nothing.
@@ -256,6 +262,7 @@ def student_step(
     Args:
         parts: the micro-batches; chosen, targets: of each.
         anchored: whether Gram anchoring has begun.
+        after_step: what weights go through after an update, those of the average too.
     """
     set_step(student.optimizer, schedules, step)
     student.optimizer.zero_grad(set_to_none=True)
@@ -295,6 +302,7 @@ def student_step(
     if bool(finite):
         student.optimizer.step()
         update_average(student.average, student.module, schedules.ema(step))
+        after_step()
         student.bad_in_a_row = 0
     else:
         for a, b in zip(student.average.buffers(), student.module.buffers(), strict=True):

@@ -2,6 +2,7 @@
 
     pretrain   one student, its own moving average is the teacher
     distill    a frozen teacher, any number of students from one teacher pass; each one's moving average is the result
+    recover    as distill, with a student that starts from trained weights: pruned, or fake-quantized (distill/models/fake_quant.py)
     fit heads  as pretrain, with a frozen backbone: only the heads learn, for a teacher that came without
     control    as pretrain, with a student's architecture
 
@@ -38,7 +39,7 @@ from distill.runtime import (
 )
 from distill.step import Stepper, Told
 from distill.targets_cache import CacheConfig, TargetsCache
-from distill.training_state import prepare_student, resume, save_state
+from distill.training_state import AfterStep, prepare_student, resume, save_state
 
 
 class TrainConfig(Config):
@@ -119,17 +120,20 @@ def train(
     teacher_normalize: str | None = None,
     cache: TargetsCache | None = None,
     subjects: dict[str, str] | None = None,
+    after_step: AfterStep | None = None,
 ) -> dict[str, HeadedBackbone]:
     """Train `students` and return each one's moving average (evaluation mode, on the CPU).
 
     Args:
-        students: freshly initialised (they are trained in place).
+        students: freshly initialised or trained (pruned ones, fake-quantized ones: their heads then come with them, since the gradient
+            through fresh heads would undo what the backbone has learned); they are trained in place.
         teacher: with heads of the same K where prototypes are compared (frozen in place); None: the only student's moving average.
         source: training images (distill/data/sources.py).
         normalize: as in Preprocess; `teacher_normalize`: the teacher's, where it is another.
         folder: gets `checkpoint.safetensors`, and `train.jsonl`, or with a frozen teacher `<student>/train.jsonl` for each student.
         probe: called with the average backbone every `config.probe_every` images; what it returns is logged.
         cache: made for this training; targets that it holds are not computed.
+        after_step: what weights and averages go through after every step (distill/training_state.py), and once before the first.
         subjects: by student, whom the monitors' last values are about; they go to `rows.jsonl` in `folder`.
 
     Raises:
@@ -150,7 +154,7 @@ def train(
     }
     for name, student in group.items():
         student.monitor = Monitor(config.monitors, total, title if name in title or teacher is None else f"{title}/{name}")
-    loop = Stepper(config, group, teacher, total, accelerator, runtime, micro, cache)
+    loop = Stepper(config, group, teacher, total, accelerator, runtime, micro, cache, after_step)
     checkpoint = folder / "checkpoint.safetensors"
     start = resume(checkpoint, group, loop.extras, world)
     main = accelerator.is_main_process

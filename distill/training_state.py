@@ -1,7 +1,7 @@
 """What a training holds and how it is kept: the student with its average and optimiser, and the checkpoint, one safetensors file."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,10 @@ from distill.objectives import ObjectivesConfig
 from distill.optim import OptimConfig, make_optimizer
 from distill.runtime import RuntimeConfig
 from distill.sharding import fully_sharded, gathered, hollow, read_like, whole
+
+# Makes weights what they must be after every update (masks of sparsity), in place and under no_grad but not through `.data`: a tensor's
+# version tells CastCache that it changed. Gets a student's module, then its average, by the student's name, and must be idempotent.
+AfterStep = Callable[[dict[str, nn.Module]], None]
 
 
 @dataclass
@@ -47,6 +51,22 @@ class Student:
                 yield
         else:
             yield
+
+    @torch.no_grad()
+    def project(self, name: str, after_step: AfterStep | None) -> None:
+        """Put the weights, and those of the average, through `after_step`.
+
+        Raises:
+            UserError: they are spread over processes, where none sees more than its rows.
+        """
+        if after_step is None:
+            return
+        if self.shape is not None:
+            raise UserError(
+                f"The weights of {name} are changed after every step (sparsity), which sharded ones cannot be: drop runtime.shard."
+            )
+        for model in (self.module, self.average):
+            after_step({name: model})
 
     def whole_average(self) -> HeadedBackbone:
         """The moving average as an ordinary module: itself, or gathered on the CPU if it is sharded (every process must call this)."""

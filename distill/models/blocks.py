@@ -13,6 +13,7 @@ from timm.layers.mlp import GluMlp, SwiGLUPacked
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import Mlp
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from distill.cast_cache import CastCache
@@ -66,6 +67,9 @@ class Block(TimmBlock):
         attn: Any = self.attn
         if self.plain or not _ordinary(attn):
             return self.ls1(attn(norm(x)))
+        if not _fusable(attn.qkv, attn.proj):
+            mixed = attend(self._linear(attn.qkv, norm(x), dtype), attn.num_heads)
+            return self.ls1(self._linear(attn.proj, mixed, dtype))
         qkv = NormLinear.apply(x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, norm.eps, dtype, self.cast)
         return ScaledLinear.apply(
             attend(qkv, attn.num_heads), attn.proj.weight, attn.proj.bias, _gamma(self.ls1), dtype, self.cast
@@ -76,6 +80,9 @@ class Block(TimmBlock):
         mlp: Any = self.mlp
         if self.plain:
             return self.ls2(mlp(norm(x)))
+        if not _fusable(mlp.fc1, mlp.fc2):
+            inner = self._linear(mlp.fc1, norm(x), dtype)
+            return self.ls2(self._linear(mlp.fc2, swiglu(inner) if isinstance(mlp, GluMlp) else F.gelu(inner), dtype))
         inside = (norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias)
         if isinstance(mlp, GluMlp):
             both = NormLinear.apply(x, *inside, norm.eps, dtype, self.cast)
@@ -83,6 +90,18 @@ class Block(TimmBlock):
         assert isinstance(mlp, Mlp)
         outside = (mlp.fc2.weight, mlp.fc2.bias, _gamma(self.ls2))
         return NormMLP.apply(x, *inside, *outside, norm.eps, dtype, self.cast)
+
+    def _linear(self, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A layer beside one that is not fusable, or that one itself: told the number format by autocast, as anywhere."""
+        if isinstance(layer, nn.Linear) and _fusable(layer):
+            return ScaledLinear.apply(x, layer.weight, layer.bias, None, dtype, self.cast)
+        with torch.autocast(x.device.type, dtype, enabled=dtype not in (torch.float32, torch.float64)):
+            return layer(x)
+
+
+def _fusable(*layers: nn.Module) -> bool:
+    """Whether all are plain Linear layers, whose weight is all there is to know; others (fake-quantized ones) are called."""
+    return all(type(layer) is nn.Linear for layer in layers)
 
 
 def _ordinary(attn: Any) -> bool:
