@@ -1,8 +1,8 @@
 """The accuracy budget: the fewest layers left in floating point with which a quantized artifact keeps what the recipe asks for.
 
 Every step measures the real artifact on its runtime; nothing is predicted from one layer to several. Each layer is quantized
-alone first, which gives the order (`sensitivity`); then the number of layers kept, worst first, is found by doubling and
-halving, and layers are given back one by one until no single one can be (`search`). What was measured is written down as it
+alone first, which gives the order (`sensitivity`, `ranked`); then the number of layers kept, worst first, is found by doubling
+and halving, and layers are given back one by one until no single one can be (`search`). What was measured is written down as it
 comes, so that a killed search goes on where it was.
 
     measure(kept) -> {"cosine_min": 0.9991, "cosine_mean": ..., "size_mb": ..., "knn_points": 0.1, "knn_low": ..., ...}
@@ -150,9 +150,10 @@ def _record(line: str) -> dict[str, Any] | None:
 def sensitivity(
     layers: Mapping[str, float], measure: Measure, ledger: Ledger, progress: Progress, title: str = "sensitivity"
 ) -> list[Sensitivity]:
-    """Quantize every layer alone; most damaging first.
+    """Quantize every layer alone, in the order of `layers`.
 
-    Alone, and not "all but one": beside 47 quantized layers the gain of keeping one drowns in the others' rounding.
+    Alone, and not "all but one": beside 47 quantized layers the gain of keeping one drowns in the others' rounding. On a trained
+    ViT-S/14 keeping the 8 (16) worst by the mean cosine of this leaves a mean of .99923 (.99937), by the other .99902 (.99880).
 
     Args:
         layers: name -> its multiply-adds, for the shares; all that could be quantized.
@@ -165,7 +166,21 @@ def sensitivity(
             measured = ledger.at(everything - {layer}, measure)
             found.append(Sensitivity(layer, measured["cosine_min"], measured["cosine_mean"], work / total))
             task.advance(1, cosine_min=measured["cosine_min"])
-    return sorted(found, key=lambda s: (s.cosine_min or -1.0, s.cosine_mean or -1.0, s.layer))
+    return found
+
+
+def ranked(config: BudgetConfig, found: Sequence[Sensitivity]) -> list[Sensitivity]:
+    """Most damaging first: by the worst vector where the budget has a limit for it, else by the mean, which accuracy follows.
+
+    On a trained ViT-S/14 keeping the 8 (24) worst by the minimum leaves a cosine_min of .9939 (.9960), by the mean .9896 (.9878).
+    """
+    by = ("cosine_mean", "cosine_min") if config.cosine_min is None else ("cosine_min", "cosine_mean")
+
+    def damage(s: Sensitivity) -> tuple[float | str, ...]:
+        values = (getattr(s, name) for name in by)
+        return (*(-1.0 if v is None else v for v in values), s.layer)
+
+    return sorted(found, key=damage)
 
 
 class _Spent(Exception):
@@ -209,6 +224,7 @@ class BudgetResult:
         kept: the layers to leave in floating point, those of the best artifact found; most damaging first.
         reached: that artifact's measurements.
         minimal: the budget is met, and giving back any single one of the kept layers was measured to break it.
+        sensitivity: of all layers, most damaging first.
         curve: every artifact measured, fewest layers kept first: {"kept": [...], "met": bool, measurements...}.
         layers: how many there were to choose from. most: how many were allowed to stay.
         naive: measurements of a plan that quantizes everything, residual additions and attention included, for comparison.
@@ -271,7 +287,7 @@ def _reached(name: str, measured: Measured) -> str:
 
 def search(
     config: BudgetConfig,
-    order: Sequence[Sensitivity],
+    sensitivities: Sequence[Sensitivity],
     measure: Measure,
     ledger: Ledger,
     progress: Progress,
@@ -285,10 +301,11 @@ def search(
     again until none can be. A budget that is not met is no exception here: `BudgetResult.failure` says so.
 
     Args:
-        order: all layers, most damaging first (`sensitivity`).
+        sensitivities: of all layers that could be quantized, in any order.
         measure: kept layers -> measurements of the artifact with these in floating point. It may leave out the dear ones
             (accuracy) where a cheap one (cosine) breaks the budget already.
     """
+    order = ranked(config, sensitivities)
     names, most = [s.layer for s in order], config.most(len(order))
     minimal = False
     with progress.task(title, None, "artifacts") as task:
@@ -308,7 +325,7 @@ def search(
         kept=[n for n in names if n in best],
         reached=trials.asked[best],
         minimal=minimal,
-        sensitivity=list(order),
+        sensitivity=order,
         curve=sorted(curve, key=lambda point: (len(point["kept"]), point["kept"])),
         layers=len(names),
         most=most,

@@ -17,7 +17,7 @@ from distill.evaluate import knn
 from distill.evaluate.suite import EvaluateConfig
 from distill.progress import Progress
 from export.benchmark import BenchmarkConfig
-from export.budget import BudgetConfig, Ledger, search, sensitivity
+from export.budget import BudgetConfig, Ledger, Sensitivity, ranked, search, sensitivity
 from export.budget_measures import Candidate, GalleryLoss, Measures, add_latency, leave_one_out
 
 QUIET = Progress("quiet", io.StringIO())
@@ -54,12 +54,19 @@ def found_by(config, bench, ledger=None):
 def test_sensitivity_orders_by_damage_and_shares_the_work():
     bench = Bench()
     layers = {name: 3.0 if name.endswith("fc1") else 1.0 for name in DAMAGE}
-    order = sensitivity(layers, bench.cosine, Ledger(), QUIET)
+    order = ranked(BudgetConfig(cosine_min=0.9), sensitivity(layers, bench.cosine, Ledger(), QUIET))
     assert [s.layer for s in order] == sorted(DAMAGE, key=lambda n: -DAMAGE[n])
     assert order[0].cosine_min == pytest.approx(1 - 900 / 1e5)
     assert sum(s.flops_share for s in order) == pytest.approx(1)
     assert order[0].flops_share == pytest.approx(3 / 18)
     assert len(bench.calls) == len(DAMAGE)
+
+
+def test_the_order_follows_what_the_budget_limits():
+    """Worst vector for cosine_min, mean for accuracy; what is not finite comes first either way."""
+    found = [Sensitivity("a", 0.90, 0.999, 0.3), Sensitivity("b", 0.99, 0.99, 0.3), Sensitivity("c", None, None, 0.4)]
+    assert [s.layer for s in ranked(BudgetConfig(cosine_min=0.9), found)] == ["c", "a", "b"]
+    assert [s.layer for s in ranked(BudgetConfig(knn_points=0.3), found)] == ["c", "b", "a"]
 
 
 def test_nothing_is_kept_where_nothing_has_to_be():
