@@ -198,8 +198,8 @@ def _listed(plan: bytes) -> Iterator[Kernel]:
             continue
         kind, body = found.groups()
         if kind in ("tensor", "sub_tensor"):
-            if (name := re.search(r'name="([^"]+)"', body)) and (element := re.search(r" type=(\w+)", body)):
-                types[name[1]] = _element(element[1])
+            if (tensor := re.search(r'name="([^"]+)"', body)) and (element := re.search(r" type=(\w+)", body)):
+                types[tensor[1]] = _element(element[1])
         elif 'layers="' in body:
             entries.append((kind, body))
     for kind, body in entries:
