@@ -15,7 +15,7 @@ Shape legend: K inputs, O outputs, G blocks of inputs (1 for int8), ... any lead
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.cast_cache import AT_ONCE
 from distill.errors import UserError
+from distill.models.fused import sum_of_rows
 
 Weights = Literal["int8", "w4"]
 LEVELS: dict[str, int] = {"int8": 127, "w4": 7}
@@ -138,52 +140,69 @@ class QuantizedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, w, b, x_scale, w_scale)
         ctx.extra = (levels, block, dtype)
-        left = x.to(dtype) if x_scale is None else _rounded(x, x_scale).clamp_(LOW, HIGH).to(dtype)
+        left = x.to(dtype) if x_scale is None else _input_integers(x, x_scale, dtype)
         right, factor = _integers(w, w_scale, levels, block), x_scale
         if w_scale.shape[1] == 1:
             factor = w_scale[:, 0] if x_scale is None else w_scale[:, 0] * x_scale
         else:
             right = right.mul_(_spread(w_scale, w.shape[1], block))
         out = F.linear(left, right.to(dtype))
-        if factor is not None:
-            factor = factor.expand(len(w))
-            out = (out * factor if b is None else torch.addcmul(b.to(factor.dtype), out.to(factor.dtype), factor)).to(dtype)
-        elif b is not None:
-            out = out.add_(b.to(dtype))
+        if factor is None:
+            return out if b is None else out.add_(b.to(dtype))
+        factor = factor.expand(len(w))
+        for part in _parts(out):
+            part.copy_(part * factor if b is None else torch.addcmul(b, part.to(factor.dtype), factor))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         x, w, b, x_scale, w_scale = ctx.saved_tensors
         levels, block, dtype = ctx.extra
-        integers, spread = _integers(w, w_scale, levels, block), _spread(w_scale, w.shape[1], block)
-        flat, left = grad.reshape(-1, len(w)), x
-        inside: Any = None
-        slope: Any = None
-        if x_scale is not None:
-            v = x / x_scale
-            left = v.round().clamp_(LOW, HIGH)
-            inside = (v >= LOW) & (v <= HIGH)
-            slope = torch.where(inside, left - v, left)
-        dx = (grad @ (integers * spread).to(dtype)).to(x.dtype)
-        dw = (flat.T @ left.reshape(-1, left.shape[-1]).to(dtype)).to(w.dtype)
-        d_x_scale = d_w_scale = None
+        flat, integers, spread = (
+            grad.reshape(-1, len(w)),
+            _integers(w, w_scale, levels, block),
+            _spread(w_scale, w.shape[1], block),
+        )
+        left = x.to(dtype) if x_scale is None else _input_integers(x, x_scale, dtype)
+        dw = (flat.T @ left.reshape(-1, left.shape[-1])).to(w.dtype)
+        del left
+        dx, d_x_scale = grad @ (integers * spread).to(dtype), None
         if x_scale is not None:
             dw = dw.mul_(x_scale)
-            if ctx.needs_input_grad[3]:
-                d_x_scale = (
-                    (torch.vdot(dx.flatten().to(slope.dtype), slope.flatten()) * _lsq(x[0].numel(), HIGH))
-                    .view(1)
-                    .to(x_scale.dtype)
-                )
-            dx = dx.mul_(inside)
-        v = w / spread
+            dx, d_x_scale = _through_rounding(dx, x, x_scale)
+        v, d_w_scale = w / spread, None
         inside = v.abs() <= levels
         if ctx.needs_input_grad[4]:
-            slopes = dw * torch.where(inside, integers - v, integers)
-            d_w_scale = _blocks(slopes, block).sum(2).mul_(_lsq(block, levels)).to(w_scale.dtype)
-        db = None if b is None else flat.sum(0, dtype=b.dtype)
-        return dx, dw.mul_(inside), db, d_x_scale, d_w_scale, None, None, None
+            slopes = _blocks(dw * torch.where(inside, integers - v, integers), block).sum(2)
+            d_w_scale = (slopes * _lsq(block, levels)).to(w_scale.dtype)
+        db = None if b is None else sum_of_rows(flat).to(b.dtype)
+        return dx.to(x.dtype), dw.mul_(inside), db, d_x_scale, d_w_scale, None, None, None
+
+
+def _input_integers(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers of activations [..., K] as numbers of `dtype`."""
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    for part, values in zip(_parts(out), _parts(x), strict=True):
+        part.copy_(_rounded(values, scale).clamp_(LOW, HIGH))
+    return out
+
+
+def _through_rounding(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x [..., K] and of its scale [1] from that of the quantized x, which becomes the first."""
+    total = scale.new_zeros(1)
+    for g, values in zip(_parts(grad), _parts(x), strict=True):
+        v = values / scale
+        nearest, inside = v.round().clamp_(LOW, HIGH), (v >= LOW) & (v <= HIGH)
+        slope = torch.where(inside, nearest - v, nearest)
+        total += torch.dot(g.flatten().to(slope.dtype), slope.flatten())
+        g.mul_(inside)
+    return grad, total.mul_(_lsq(x[0].numel(), HIGH))
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """Views of x [..., K] as rows [n, K]; on a CPU few at a time, so that one pass after the other finds them in the cache."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.split(max(1, AT_ONCE // rows.shape[1])) if x.device.type == "cpu" else (rows,)
 
 
 def with_fake_quant(

@@ -203,10 +203,10 @@ def _linear_backward(grad: Tensor, x: Tensor, wc: Tensor, w: Tensor, b: Tensor |
     flat = grad.reshape(-1, grad.shape[-1])
     dx = grad @ wc
     dw = (flat.T @ x.reshape(-1, x.shape[-1])).to(w.dtype)
-    return dx, dw, None if b is None else _sum_of_rows(flat).to(b.dtype)
+    return dx, dw, None if b is None else sum_of_rows(flat).to(b.dtype)
 
 
-def _sum_of_rows(x_SO: Tensor) -> Tensor:
+def sum_of_rows(x_SO: Tensor) -> Tensor:
     """Sum over the rows; of bf16 as a matrix product, which adds in float32 without a float32 copy."""
     if x_SO.dtype in (torch.float32, torch.float64):
         return x_SO.sum(0)
