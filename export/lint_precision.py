@@ -136,7 +136,7 @@ def cast_ping_pong(case: Case) -> Iterator[Hit]:
         if source not in FLOATS or to not in FLOATS:
             continue
         if source == to:
-            yield Hit(label(node), f"{label(node)} casts {source} to {to}", "same")
+            yield Hit(label(node), f"{label(node)} casts {source} to {to}", "same", "note")  # most runtimes drop it
             continue
         before = anatomy.made.get(anatomy.above(node.input[0], LAYOUT - {"Cast"}))
         if before is not None and before.op_type == "Cast" and anatomy.types[before.input[0]] == to:

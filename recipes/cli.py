@@ -176,6 +176,34 @@ def convert(
 
 
 @app.command()
+def lint(
+    files: Annotated[list[Path], typer.Argument(metavar="MODEL.onnx...", help="ONNX files, of decant or of anyone else.")],
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="fp32, fp16, bf16, int8, fp8, w8 or w4. By default what the file's name claims."),
+    ] = None,
+    reader: Annotated[
+        str, typer.Option("--for", metavar="RUNTIME", help="Who runs it: tensorrt (RTX too), onnxruntime or openvino.")
+    ] = "tensorrt",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    sarif: Annotated[
+        Path | None, typer.Option("--sarif", metavar="FILE", help="Write SARIF 2.1.0 for code review; - prints it.")
+    ] = None,
+) -> None:
+    """Say what in an ONNX file TensorRT refuses, runs slowly or computes wrongly, why, and what cures it.
+
+    Runs nothing of the file. Exit code 1 when there is an error, 0 with warnings and notes only, 2 when a file cannot be read.
+    """
+    with sentences():
+        from recipes.lint import check_files, show
+
+        findings = check_files(files, precision, reader)
+        show(findings, as_json, sarif)
+        if any(f.severity == "error" for found in findings.values() for f in found):
+            raise typer.Exit(1)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, and what each missing thing would give."""
     with sentences():
