@@ -94,10 +94,11 @@ def _obstacle(
         if node.op_type not in HARMLESS:
             return f"{node.op_type} {label(node)} stands between the softmax and the product with V"
     for node in (*above, softmax):
-        shared = [n for o in node.output for n in anatomy.readers[o]]
-        if len(shared) > 1 or anatomy.outputs.intersection(node.output):
-            others = [label(n) for n in shared if n.op_type not in HARMLESS] or ["an output"]
-            return f"what {label(node)} makes is also read by {others[-1]}"
+        if anatomy.outputs.intersection(node.output):
+            return f"what {label(node)} makes is also an output"
+        if len(shared := [n for o in node.output for n in anatomy.readers[o]]) > 1:
+            others = [label(n) for n in shared if n.op_type not in HARMLESS and label(n) not in (label(softmax), label(av))]
+            return f"what {label(node)} makes is also read by {(others or [label(shared[-1])])[0]}"
     if softmax.op_type == "Softmax":
         rank = len(anatomy.shapes.get(softmax.output[0], ()))
         axis = anatomy.attribute(softmax, "axis", -1 if anatomy.opsets.get("", 13) >= 13 else 1)

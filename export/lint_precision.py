@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto
 
-from export.anatomy import FLOATS, LAYOUT, Anatomy, label
+from export.anatomy import DEQUANTIZE, FLOATS, LAYOUT, QUANTIZE, Anatomy, label
 from export.lint_rules import Case, Hit, rule
 from export.proof import CLAIMS, QUANTIZED_CLAIMS
 
@@ -41,7 +41,7 @@ def precision_mismatch(case: Case) -> Iterator[Hit]:
         return
     want = CLAIMS[case.precision]
     kinds = ("linear",) if case.precision in QUANTIZED_CLAIMS else ("linear", "conv", "attention")
-    judged = [p for p in case.proof.products if p.kind in kinds]
+    judged = [p for p in case.proof.products if p.kind in kinds and p.type]  # an ill-formed graph leaves types open
     wrong = [p for p in judged if p.type != want]
     if not judged or not wrong:
         return
@@ -65,7 +65,7 @@ def nan_weights(case: Case) -> Iterator[Hit]:
     """A weight that holds NaN, or infinity outside FLOAT16."""
     anatomy = case.anatomy
     for name, tensor in _floats(anatomy):
-        values = anatomy.value(name)
+        values = None if _is_scale(anatomy, name) else anatomy.value(name)  # of scales bad-scale speaks
         if values is None:
             continue
         wide = _wide(values)
@@ -92,7 +92,7 @@ def fp16_overflow(case: Case) -> Iterator[Hit]:
         if not (tensor == "FLOAT16" or cast or (half_name and tensor == "FLOAT")) or _masks(anatomy, name):
             continue
         values = anatomy.value(name)
-        if values is None or not values.size:
+        if values is None or not values.size or _is_scale(anatomy, name):
             continue
         peak = float(np.nanmax(np.abs(_wide(values)), initial=0.0))
         if peak > LARGEST_HALF:
@@ -147,6 +147,11 @@ def _floats(anatomy: Anatomy) -> Iterator[tuple[str, str]]:
     for name in anatomy.stored:
         if anatomy.types[name] in FLOATS:
             yield name, anatomy.types[name]
+
+
+def _is_scale(anatomy: Anatomy, name: str) -> bool:
+    readers = anatomy.readers[name]
+    return bool(readers) and all(r.op_type in QUANTIZE | DEQUANTIZE and list(r.input).index(name) == 1 for r in readers)
 
 
 def _wide(values: np.ndarray) -> np.ndarray:

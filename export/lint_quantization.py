@@ -245,7 +245,7 @@ def mismatched_scales(case: Case) -> Iterator[Hit]:
             continue
         for at, what in ((1, "scale"), (2, "zero point")):
             mine, its = (anatomy.value(n.input[at]) if len(n.input) > at else None for n in (node, made))
-            if mine is not None and its is not None and (mine.size != its.size or np.any(mine.ravel() != its.ravel())):
+            if mine is not None and its is not None and not _same(mine, its):
                 yield Hit(label(node), f"{label(node)} has another {what} than {label(made)}")
                 break
 
@@ -319,6 +319,10 @@ def _scales(anatomy: Anatomy) -> Iterator[tuple[NodeProto, np.ndarray]]:
     for node in _qdq(anatomy):
         if len(node.input) > 1 and (scale := anatomy.value(node.input[1])) is not None:
             yield node, scale
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.ravel().astype(np.float32), b.ravel().astype(np.float32), equal_nan=True)
 
 
 def _reads_quantized(anatomy: Anatomy, ops: set[str]) -> Iterator[Hit]:

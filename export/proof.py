@@ -203,7 +203,7 @@ def _type(anatomy: Anatomy, node: NodeProto) -> str:
     weight = next((q for q in quantized if q is not None and q.constant), None)
     if weight is not None:
         return f"{weight.family}-weight"
-    return anatomy.types[node.output[0]] or anatomy.types[node.input[0]]
+    return next((t for name in (node.output[0], *node.input[:2]) if (t := anatomy.types[name])), "")
 
 
 def _flops(anatomy: Anatomy, node: NodeProto, left: int, right: int) -> int | None:
