@@ -204,7 +204,7 @@ class TestReadArtifact:
         [
             ({"format": "decant-artifact-9"}, "has format 'decant-artifact-9'"),
             ({"files": []}, "is damaged at files"),
-            ({"precision": "fp8"}, "is damaged at precision"),
+            ({"precision": "fp7"}, "is damaged at precision"),
             ({"surprise": 1}, "is damaged at surprise"),
         ],
     )
