@@ -10,6 +10,7 @@ from html import escape
 from itertools import pairwise
 
 LETTER = 0.54  # mean width of a letter over the font size, a little generous
+MOST_LABELS = 10
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -22,7 +23,7 @@ class Point:
     label: str
     tip: str
     style: str = "c0"
-    shape: str = "circle"  # circle, square, diamond
+    shape: str = "circle"  # circle, square, diamond, triangle, wedge
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
 
@@ -52,6 +53,8 @@ class Canvas:
     right: int = 10
     top: int = 10
     bottom: int = 40
+    x_ticks: bool = True
+    whole_x: bool = False  # ticks at whole numbers only
     parts: list[str] = field(default_factory=list)
 
     def x(self, value: float) -> float:
@@ -67,8 +70,10 @@ class Canvas:
         """Grid, tick labels and axis labels; the vertical axis has its label above, where it reads without turning the head."""
         left, top, right, bottom = self.inside()
         free = -math.inf
-        for value in ticks(*self.x_range, self.log_x, max(4, (self.width - self.left) // 90)):
-            x, text = self.x(value), short(value)
+        along = ticks(*self.x_range, self.log_x, max(4, (self.width - self.left) // 90)) if self.x_ticks else []
+        along = [v for v in along if not self.whole_x or v == round(v)]
+        for value, text in zip(along, tick_texts(along), strict=True):
+            x = self.x(value)
             self.parts.append(f'<path class="grid" d="M{x:.1f} {top}V{bottom}"/>')
             half = len(text) * LETTER * self.font / 2
             if x - half > free and x + half <= self.width:
@@ -76,11 +81,12 @@ class Canvas:
                     f'<text class="tick" x="{x:.1f}" y="{bottom + self.font + 4}" text-anchor="middle">{text}</text>'
                 )
                 free = x + half + 4
-        for value in ticks(*self.y_range, self.log_y, max(4, (self.height - self.bottom) // 50)):
+        upward = ticks(*self.y_range, self.log_y, max(4, (self.height - self.bottom) // 50))
+        for value, text in zip(upward, tick_texts(upward), strict=True):
             y = self.y(value)
             self.parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
             self.parts.append(
-                f'<text class="tick" x="{left - 6}" y="{y + self.font * 0.35:.1f}" text-anchor="end">{short(value)}</text>'
+                f'<text class="tick" x="{left - 6}" y="{y + self.font * 0.35:.1f}" text-anchor="end">{text}</text>'
             )
         self.parts.append(f'<path class="frame" d="M{left} {top}V{bottom}H{right}"/>')
         self.parts.append(f'<text class="label" x="{right}" y="{self.height - 6}" text-anchor="end">{escape(x_label)}</text>')
@@ -100,7 +106,8 @@ def scatter(
 ) -> str:
     """Points on a logarithmic x axis (smaller is better) and a linear y axis (larger is better), with the frontier of the best.
 
-    Labels are set where they cover neither each other nor a point, with a leader line where that is farther away.
+    Labels are set where they cover neither each other nor a point, with a leader line where that is farther away. Of more than
+    MOST_LABELS points, those off the frontier whose labels would cover something go without; hovering names them.
     """
     assert points
     xs = [v for p in points for v in (p.x, *(p.x_interval or ()))]
@@ -111,8 +118,9 @@ def scatter(
     path = "".join(f"H{canvas.x(p.x):.1f}V{canvas.y(p.y):.1f}" for p in best[1:])
     canvas.parts.append(f'<path class="frontier" d="M{canvas.x(best[0].x):.1f} {canvas.y(best[0].y):.1f}{path}"/>')
     labels = place_labels(canvas, points, best)
-    for point, (x, y, anchor, far) in zip(points, labels, strict=True):
-        canvas.parts.append(_mark(canvas, point, x, y, anchor, far))
+    keep = readable(canvas, points, labels, best) if len(points) > MOST_LABELS else set(range(len(points)))
+    for i, (point, label) in enumerate(zip(points, labels, strict=True)):
+        canvas.parts.append(_mark(canvas, point, *label, named=i in keep))
     described = "; ".join(p.tip for p in points)
     return canvas.svg(title, described, kind)
 
@@ -160,7 +168,26 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def _mark(canvas: Canvas, p: Point, label_x: float, label_y: float, anchor: str, far: bool) -> str:
+def readable(
+    canvas: Canvas, points: Sequence[Point], labels: Sequence[tuple[float, float, str, bool]], best: Sequence[Point]
+) -> set[int]:
+    """Indices of the labels to draw: those of `best`, then every other one that covers no label drawn before it."""
+    kept: dict[int, Box] = {}
+    for i in sorted(range(len(points)), key=lambda i: (points[i] not in best, canvas.y(points[i].y))):
+        box = _label_box(canvas, points[i], *labels[i][:3])
+        if points[i] in best or all(_overlap(box, other) == 0 for other in kept.values()):
+            kept[i] = box
+    return set(kept)
+
+
+def _label_box(canvas: Canvas, p: Point, x: float, y: float, anchor: str) -> Box:
+    """What a label covers, its baseline being at y."""
+    wide = len(p.label) * LETTER * canvas.font
+    start = x - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+    return start - 2, y - canvas.font * 0.85, start + wide + 2, y + canvas.font * 0.3
+
+
+def _mark(canvas: Canvas, p: Point, label_x: float, label_y: float, anchor: str, far: bool, named: bool = True) -> str:
     x, y = canvas.x(p.x), canvas.y(p.y)
     whiskers = ""
     if p.x_interval:
@@ -171,9 +198,12 @@ def _mark(canvas: Canvas, p: Point, label_x: float, label_y: float, anchor: str,
         "circle": f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>',
         "square": f'<rect class="dot" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>',
         "diamond": f'<path class="dot" d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"/>',
+        "triangle": f'<path class="dot" d="M{x:.1f} {y - 6.5:.1f}l6.5 11.5h-13z"/>',
+        "wedge": f'<path class="dot" d="M{x:.1f} {y + 6.5:.1f}l6.5 -11.5h-13z"/>',
     }
-    lead = f'<path class="leader" d="M{x:.1f} {y:.1f}L{label_x:.1f} {label_y - 4:.1f}"/>' if far else ""
+    lead = f'<path class="leader" d="M{x:.1f} {y:.1f}L{label_x:.1f} {label_y - 4:.1f}"/>' if far and named else ""
     text = f'<text class="name" x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{anchor}">{escape(p.label)}</text>'
+    text = text if named else ""
     return f'<g class="point {p.style}"><title>{escape(p.tip)}</title>{lead}{whiskers}{shapes[p.shape]}{text}</g>'
 
 
@@ -201,14 +231,12 @@ def place_labels(canvas: Canvas, points: Sequence[Point], best: Sequence[Point] 
     left, top, right, bottom = canvas.inside()
     for i in sorted(range(len(points)), key=lambda i: canvas.y(points[i].y)):
         x, y = canvas.x(points[i].x), canvas.y(points[i].y)
-        wide = len(points[i].label) * LETTER * size
         options = []
         for distance in (0, 14, 28, 44, 62, 82):
             reach, far = 11 + distance, distance > 0
             for dx, dy, anchor in _AROUND:
                 px, py = x + dx * reach, y + dy * reach + size * 0.35
-                start = px if anchor == "start" else px - wide if anchor == "end" else px - wide / 2
-                box = (start - 2, py - size * 0.85, start + wide + 2, py + size * 0.3)
+                box = _label_box(canvas, points[i], px, py, anchor)
                 outside = max(left - box[0], 0) + max(box[2] - right, 0) + max(top - box[1], 0) + max(box[3] - bottom, 0)
                 options.append((1000 * outside + sum(_overlap(box, b) for b in taken), (px, py, anchor, far), box))
         _, chosen, box = min(options, key=lambda o: o[0])  # the first of equals: the nearest
@@ -265,6 +293,15 @@ def ticks(low: float, high: float, log: bool = False, most: int = 6) -> list[flo
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """As `short`, with more digits where neighbours would read alike: cosines near 1."""
+    texts = [short(v) for v in values]
+    if len(set(texts)) == len(texts):
+        return texts
+    step = min(b - a for a, b in pairwise(values))
+    return [f"{v:.{max(0, -math.floor(math.log10(step)) + 1)}f}".replace("-", "−") for v in values]
 
 
 def short(value: float) -> str:

@@ -12,36 +12,45 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from distill.config import Config
 from distill.files import read_json, write_bytes, write_json, write_text
 from distill.rows import Row
-from export import plots, tables
+from export import compression_report, plots, tables
 from export.fingerprint import fingerprint as fingerprint_now
+from export.labels import METRICS, label_of
 from export.pictures import captions
+from export.report_charts import curve_panels, headline_bars, styles_of, tradeoff_charts
 from export.summary import summary
 from export.tables import Book, console_table, headline_table
 
 __all__ = ["ReportConfig", "console_table", "headline_table", "write_report"]
 
 SCHEMA = "decant-report-1"
-STAGES = ("pretrain", "distill", "control", "export", "parity", "evaluate", "benchmark")
-# Quantities of a training log that get a panel, in this order; other keys stay in report.json.
-CURVES = {
-    "loss": "Loss (sum of the terms)",
-    "dino": "DINO term",
-    "dino_global": "DINO term, global crops",
-    "dino_local": "DINO term, local crops",
-    "ibot": "iBOT term",
-    "koleo": "KoLeo term",
-    "teacher_entropy": "Entropy of the teacher's targets, nats",
-    "prototype_entropy": "Entropy of the mean target, nats",
-    "knn_top1": "kNN in training, %",
-    "lr": "Learning rate",
+STAGES = (
+    "load",
+    "pretrain",
+    "high_res",
+    "fit_heads",
+    "distill",
+    "control",
+    "pruned",
+    "qad",
+    "export",
+    "parity",
+    "evaluate",
+    "benchmark",
+)
+SECTIONS = {
+    "accuracy": "Accuracy of frozen features",
+    "artifacts": "What ships",
+    "compression": "Compression",
+    "features": "What the features see",
+    "training": "Training",
+    "missing": "Not measured",
+    "conditions": "Conditions",
+    "reproduce": "Reproduce",
 }
-MOST_POINTS = 300  # of a curve on the page
-SHAPES = {"fp32": "circle", "fp16": "diamond", "bf16": "diamond", "int8": "square"}
 
 
 class ReportConfig(Config):
@@ -113,6 +122,7 @@ def collect(
         "rows": [row.model_dump(exclude_none=True) for row in rows],
         "fingerprint": found,
         "fingerprint_of": "the machine that measured" if fingerprint or stored else "the machine that wrote this report",
+        "compression": compression_report.collect(run_folder, rows),
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         "curves": curves,
         "stages": [s for s in stage_times(run_folder) if stages is None or s["stage"] in stages],
@@ -135,14 +145,24 @@ def reproduce(commit: str | None, name: str) -> list[str]:
 
 
 def training_curves(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Subject -> the records of its train.jsonl; a line that a kill cut short, or that holds no number, is left out."""
-    found = {}
-    for group in ("teacher", "students", "control"):
-        for path in sorted((run_folder / group).rglob("train.jsonl")):
+    """Subject -> the records of its train.jsonl; a line that a kill cut short, or that holds no number, is left out.
+
+    The recoveries of a model that was pruned in rounds follow one another.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for group in ("teacher", "students", "control", "pruned", "qad"):
+        for path in sorted((run_folder / group).rglob("train.jsonl"), key=_natural):
             records = [r for line in path.read_text(encoding="utf-8").splitlines() if (r := _record(line))]
-            if records:
-                found[path.parent.relative_to(run_folder).as_posix()] = records
-    return found
+            subject = "/".join(path.parent.relative_to(run_folder).parts[:2])
+            before = found.setdefault(subject, [])
+            seen = before[-1]["images"] if before else 0
+            before += [r | {"images": r["images"] + seen} for r in records]
+    return {subject: records for subject, records in found.items() if records}
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """round-2 before round-10."""
+    return [(len(part), part) for part in path.parts]
 
 
 def _record(line: str) -> dict[str, Any] | None:
@@ -230,12 +250,16 @@ def render(report: dict[str, Any], rows: Sequence[Row], config: ReportConfig, st
         "plain": tables.plain,
         "digits": tables.digits,
         "duration": duration,
+        "short": plots.short,
         "tenths": lambda v: f"{v:.1f}",
         "moment": lambda text: str(text).replace("T", " ").replace("+00:00", "Z").replace("+0000", "Z").replace("Z", " UTC"),
         "condition": lambda v: json.dumps(v) if isinstance(v, dict | list) else "" if v is None else str(v),
     }
     environment.tests["measured"] = tables.measured
     headline = headline_table(rows)
+    charts, shapes = tradeoff_charts(book, config.accuracy, styles)
+    compression = compression_report.view(report["compression"], book, config.accuracy)
+    sections = [name for name in SECTIONS if name != "compression" or compression]
     machine: dict[str, Any] = {
         "cpu": None,
         "memory_gb": None,
@@ -247,14 +271,18 @@ def render(report: dict[str, Any], rows: Sequence[Row], config: ReportConfig, st
     }
     return environment.get_template("report.html.j2").render(
         report=report | {"fingerprint": machine | report["fingerprint"]},
+        sections={name: (i, SECTIONS[name]) for i, name in enumerate(sections, 1)},
+        number=Counter(),
+        compression=compression,
         book=book,
         headline=headline,
         bars=headline_bars(headline, styles),
         artifacts=tables.artifact_table(book, config.accuracy),
-        accuracy=tables.METRICS[config.accuracy],
-        charts=tradeoff_charts(book, config, styles),
+        accuracy=METRICS[config.accuracy],
+        charts=charts,
+        shapes=shapes,
         panels=curve_panels(report["curves"], styles),
-        legend=[(tables.label_of(s, "torch-fp32"), styles[s]) for s in report["curves"]],
+        legend=[(label_of(s, "torch-fp32"), styles[s]) for s in report["curves"]],
         missing=tables.missing_table(rows),
         strip_rows=captions(strip) if strip else [],
         strip=base64.b64encode(strip).decode() if strip else None,
@@ -264,77 +292,15 @@ def render(report: dict[str, Any], rows: Sequence[Row], config: ReportConfig, st
     )
 
 
-def styles_of(subjects: Iterable[str]) -> dict[str, str]:
-    """Subject -> CSS classes: the teacher's colour, one a student, dashed in the same colour its control, grey the rest."""
-    names = sorted({s.partition("/")[2] for s in subjects if s.startswith(("students/", "control/"))})
-    colour = {name: f"c{1 + i % 4}" for i, name in enumerate(names)}
-    found = {}
-    for subject in subjects:
-        kind, _, name = subject.partition("/")
-        found[subject] = {"teacher": "c0", "control": f"{colour.get(name)} dashed"}.get(kind, colour.get(name, "c5"))
-    return found | {s: "c5" for s in subjects if s.startswith(("random", "raw"))}
+class Counter:
+    """Numbers tables and figures in the order in which the template comes to them."""
 
+    def __init__(self) -> None:
+        self.counts = {"table": 0, "figure": 0}
 
-def headline_bars(headline: Sequence[tables.HeadlineRow], styles: dict[str, str]) -> list[Markup | None]:
-    """A small bar a row: kNN accuracy and its interval on a scale that all rows share."""
-    found = [line.knn for line in headline if line.knn and line.knn.value is not None]
-    ends = [v for r in found for v in (r.value, r.low, r.high) if v is not None]
-    if not ends:
-        return [None] * len(headline)
-    span = plots.padded(ends)
-    return [
-        Markup(plots.interval_bar(line.knn.value, _interval(line.knn), span, styles[line.subject]))
-        if line.knn and line.knn.value is not None
-        else None
-        for line in headline
-    ]
-
-
-def tradeoff_charts(book: Book, config: ReportConfig, styles: dict[str, str]) -> list[Markup]:
-    """The accuracy-latency chart, once for wide and once for narrow screens; nothing where no artifact has both numbers."""
-    found = []
-    for subject, target in book.subjects():
-        latency = book.latency(subject, target, "latency_p50_ms", largest=False)
-        accuracy = book.one(config.accuracy, subject, target)
-        if not (latency and accuracy and latency.value and accuracy.value is not None):
-            continue
-        label = tables.label_of(subject, target).replace("Distilled student ", "") + (
-            ", PyTorch" if target == "torch-fp32" else ""
-        )
-        tip = (
-            f"{label}: {tables.significant(latency, 'ms')} at batch {latency.conditions.get('batch', 1)}, "
-            f"{tables.METRICS[config.accuracy]} {tables.percent(accuracy)} %"
-        )
-        shape = SHAPES.get(target.rpartition("-")[2], "circle")
-        intervals = _interval(latency), _interval(accuracy)
-        found.append(plots.Point(latency.value, accuracy.value, label, tip, styles[subject], shape, *intervals))
-    if not found:
-        return []
-    name = tables.METRICS[config.accuracy]
-    title = f"Accuracy ({name}) against latency"
-    x, y = "median time of a call, ms (logarithmic)", f"{name} accuracy, %"
-    wide, narrow = (plots.scatter(found, title, x, y, *size) for size in ((912, 440, "wide"), (364, 400, "narrow")))
-    return [Markup(wide), Markup(narrow)]
-
-
-def curve_panels(curves: dict[str, list[dict[str, Any]]], styles: dict[str, str]) -> list[tuple[str, Markup]]:
-    """(title, chart) for every quantity of CURVES that any model logged."""
-    panels = []
-    for key, title in CURVES.items():
-        drawn = []
-        for subject, records in curves.items():
-            good = [r for r in records if isinstance(r.get(key), int | float)]
-            good = good[:: max(1, len(good) // MOST_POINTS)] + good[-1:]
-            if good:
-                label = tables.label_of(subject, "torch-fp32")
-                drawn.append(plots.Line(label, [r["images"] for r in good], [r[key] for r in good], styles[subject]))
-        if drawn:
-            panels.append((title, Markup(plots.lines(drawn, title, "images seen"))))
-    return panels
-
-
-def _interval(row: Row) -> tuple[float, float] | None:
-    return None if row.low is None or row.high is None else (row.low, row.high)
+    def next(self, kind: str) -> int:
+        self.counts[kind] += 1
+        return self.counts[kind]
 
 
 def duration(seconds: float) -> str:

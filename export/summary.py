@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from distill.rows import Row
-from export.tables import MISSING, Book, count, digits, percent, target_name
+from export.labels import short_name, target_name
+from export.tables import MISSING, Book, count, digits, percent
+
+MOST_SENTENCES = 3  # on the files of one model; of more only the fastest is told
 
 
 def summary(rows: Sequence[Row], images_seen: Mapping[str, int | None] | None = None) -> list[str]:
@@ -17,6 +20,8 @@ def summary(rows: Sequence[Row], images_seen: Mapping[str, int | None] | None = 
     seen = images_seen or {}
     for subject in [s for s, t in book.subjects() if s.startswith("students/") and t == "torch-fp32"]:
         said.append(_student(book, subject, seen))
+    for subject in [s for s, t in book.subjects() if s.startswith(("pruned/", "qad/")) and t == "torch-fp32"]:
+        said += _derived(book, subject)
     for subject in dict.fromkeys(s for s, _ in book.artifacts()):
         said += _artifacts(book, subject)
     return said
@@ -81,25 +86,55 @@ def _paired(row: Row) -> str:
     return f"{abs(row.value):.1f} points (paired 95\u00a0% interval {_plain(low)} to {_plain(high)}{unsure})"
 
 
+def _derived(book: Book, subject: str) -> list[str]:
+    """A pruned model, or one trained for its quantization, against what it came from; nothing where it was not measured."""
+    row = book.one("knn_top1", subject, "torch-fp32")
+    if row is None or row.value is None:
+        return []
+    versus = [str(r.conditions.get("versus")) for r in book.all("knn_top1_difference", subject, "torch-fp32")]
+    own = next((v for v in versus if v.startswith(("students/", "pruned/")) and v.endswith("/torch-fp32")), None)
+    parts = []
+    for other, words in (
+        (own, "the model that it came from"),
+        (f"control/{subject.partition('/')[2]}/torch-fp32", "its control"),
+    ):
+        if other in versus:
+            origin, _, target = str(other).rpartition("/")
+            parts.append(_against(book, subject, "torch-fp32", origin, target, words))
+    name = short_name(subject)
+    return [f"{name[0].upper()}{name[1:]} reaches {_accuracy(row)}" + _listed([p for p in parts if p]) + "."]
+
+
 def _artifacts(book: Book, subject: str) -> list[str]:
-    """A sentence on each quantized or converted file that ran here, and one on those that did not."""
-    name = subject.partition("/")[2]
-    said, idle = [], []
+    """A sentence on each quantized or converted file that ran here, or on the fastest of many, and one on those that did not."""
+    name = short_name(subject)
+    ran: list[tuple[str, Row | None]] = []
+    idle = []
     for target in [t for s, t in book.artifacts() if s == subject]:
         latency = book.latency(subject, target, "latency_p50_ms", largest=False)
         accuracy = book.one("knn_top1", subject, target)
         if not any(r is not None and r.status == "measured" for r in (latency, accuracy)):
             idle.append(target_name(target))
         elif not target.endswith("fp32"):
-            said.append(_artifact(book, subject, target, latency))
+            ran.append((target, latency))
+    said = [_artifact(book, subject, target, latency) for target, latency in ran]
+    if len(ran) > MOST_SENTENCES:
+        timed = [(latency.value, target, latency) for target, latency in ran if latency and latency.value]
+        best = min(timed, key=lambda t: t[0], default=None)
+        if best:
+            told = _artifact(book, subject, *best[1:])
+            said = [
+                f"Of {len(ran)} converted files of {name} the one with the smallest median latency is {target_name(best[1])}. {told}"
+            ]
     if idle:
         verb = "was" if len(idle) == 1 else "were"
-        said.append(f"{_and(idle)} of {name} {verb} not run on this machine; below it says why.")
+        listed = _and(idle) if len(idle) <= MOST_SENTENCES else f"{len(idle)} files"
+        said.append(f"{listed} of {name} {verb} not run on this machine; below it says why.")
     return said
 
 
 def _artifact(book: Book, subject: str, target: str, latency: Row | None) -> str:
-    name = subject.partition("/")[2]
+    name = short_name(subject)
     parts = []
     paired = book.difference("knn_top1", subject, target, f"{subject}/torch-fp32")
     if paired is not None and paired.value is not None and paired.low is not None and paired.high is not None:

@@ -8,30 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distill.rows import Row
+from export.labels import PLAIN, SHIPPED, label_of, metric_name, order
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 MISSING = "not measured"
-RUNTIMES = {
-    "onnx": "ONNX",
-    "rtx": "TensorRT-RTX",
-    "trt": "TensorRT",
-    "openvino": "OpenVINO",
-    "torch": "PyTorch",
-}
-METRICS = {
-    "knn_top1": "kNN",
-    "linear_top1": "linear probe",
-    "latency_p50_ms": "latency",
-    "images_per_s": "throughput",
-    "size_mb": "size",
-    "load_s": "load time",
-    "peak_memory_mb": "peak memory",
-    "build_s": "build time",
-    "noise_floor_percent": "noise floor",
-}
-PARITY = ("cosine_min", "cosine_p1", "max_abs", "mean_abs", "nan_count")
 
 
 @dataclass(frozen=True)
@@ -50,6 +32,11 @@ class HeadlineRow:
     linear: Row | None
     latency: Row | None
     size: Row | None
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is a file that ships, and no model in PyTorch or yardstick."""
+        return self.target not in PLAIN
 
     @property
     def n(self) -> int | None:
@@ -140,46 +127,10 @@ class Book:
     def subjects(self) -> list[tuple[str, str]]:
         """(subject, target) in the order of the story: yardsticks, teacher, students, controls, then artifacts."""
         keys = {(r.subject, r.target) for r in self.rows if r.target not in ("all", "preprocess") and r.subject != "all"}
-        return sorted(keys, key=_order)
+        return sorted(keys, key=order)
 
     def artifacts(self) -> list[tuple[str, str]]:
-        return [k for k in self.subjects() if k[0].startswith("students/") and k[1] != "torch-fp32"]
-
-
-PLAIN = ("torch-fp32", "pixels", "pixels-joint")  # models and yardsticks; every other target is a file that ships
-
-
-def _order(key: tuple[str, str]) -> tuple[int, str, int, str]:
-    subject, target = key
-    kinds = ("raw", "random", "teacher", "students", "control")
-    kind = subject.split("/")[0]
-    plain = target in PLAIN
-    precisions = ("fp32", "fp16", "bf16", "int8")
-    precision = target.rpartition("-")[2]
-    rank = precisions.index(precision) if precision in precisions else len(precisions)
-    name = "" if subject == "random/teacher" else subject
-    where = (kinds.index(kind) if kind in kinds else len(kinds)) if plain else len(kinds) + 1
-    return where, name, 10 * list(RUNTIMES).index(r) + rank if (r := target.split("-")[0]) in RUNTIMES else 99, target
-
-
-def label_of(subject: str, target: str) -> str:
-    """`students/small`, `onnx-int8` -> "small, ONNX INT8"."""
-    kind, _, name = subject.partition("/")
-    if target not in PLAIN:
-        return f"{name or kind}, {target_name(target)}"
-    return {
-        "raw": "Raw pixels, jointly" if target == "pixels-joint" else "Raw pixels",
-        "random": f"Random init., {name}" if name else "Random init.",
-        "teacher": "Teacher",
-        "students": f"Distilled student {name}",
-        "control": f"Control {name}, from scratch",
-    }.get(kind, subject)
-
-
-def target_name(target: str) -> str:
-    """`rtx-int8` -> "TensorRT-RTX INT8"."""
-    runtime, _, precision = target.partition("-")
-    return f"{RUNTIMES[runtime]} {precision.upper()}" if runtime in RUNTIMES else target
+        return [k for k in self.subjects() if k[0].split("/")[0] in SHIPPED and k[1] not in PLAIN]
 
 
 def headline_table(rows: Iterable[Row]) -> list[HeadlineRow]:
@@ -240,19 +191,6 @@ def missing_table(rows: Iterable[Row]) -> list[Missing]:
             if name not in metrics:
                 metrics.append(name)
     return [Missing(reason, [(what, ", ".join(ms)) for what, ms in items.items()]) for reason, items in found.items()]
-
-
-def metric_name(row: Row) -> str:
-    if row.metric in PARITY:
-        return "parity"
-    base = row.metric.removesuffix("_difference")
-    name = METRICS.get(base, base.replace("_", " "))
-    name += " difference" if base != row.metric else ""
-    return (
-        f"{name} at batch {row.conditions['batch']}"
-        if base in ("latency_p50_ms", "images_per_s") and "batch" in row.conditions
-        else name
-    )
 
 
 # How numbers are written. A missing one is always the words, never a dash.
@@ -342,7 +280,7 @@ def console_table(rows: Sequence[Row]) -> "Table":
     table.add_column("Frozen features", overflow="fold")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    shipped = [line.target not in ("pixels", "torch-fp32") for line in lines]
+    shipped = [line.shipped for line in lines]
     for i, line in enumerate(lines):
         if i and shipped[i] and not shipped[i - 1]:
             table.add_section()

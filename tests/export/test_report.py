@@ -235,7 +235,7 @@ def test_page_can_be_read_by_keyboard_and_screen_reader(report):
     page = page_of(report)
     assert page.all("html")[0]["lang"] == "en"
     assert all(a.get("scope") for a in page.all("th"))
-    assert len(page.all("caption")) == len(page.all("table")) == 4
+    assert len(page.all("caption")) == len(page.all("table")) == 5
     assert all(len(a["alt"]) > 40 for a in page.all("img"))
     for svg in page.all("svg"):
         assert svg.get("aria-hidden") == "true" or len(svg["aria-label"]) > 20
