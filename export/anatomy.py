@@ -38,6 +38,13 @@ SHAPE_OPS = {
     *("Ceil", "Round", "ConstantOfShape", "Equal", "Where", "Range", "Reshape", "Expand", "Pow", "Sqrt", "Max", "Min", "Neg"),
     *("ReduceProd", "ReduceSum", "Less", "Greater", "Not", "And", "Or", "Identity"),
 }
+# Operators that ONNX's shape inference does not know, and the cast that has the same shape.
+STAND_IN = {
+    "TRT_FP8QuantizeLinear": TensorProto.FLOAT8E4M3FN,
+    "TRT_INT4QuantizeLinear": TensorProto.INT4,
+    **dict.fromkeys(("TRT_FP8DequantizeLinear", "TRT_INT4DequantizeLinear"), TensorProto.FLOAT),
+}
+SAME_SHAPE = {"FastGelu", "BiasGelu", "QuickGelu", "Gelu", "SkipLayerNormalization", "SimplifiedLayerNormalization"}
 SMALL = 1024  # elements: larger constants are weights
 ROUNDS = 48
 
@@ -274,7 +281,7 @@ def _skeleton(graph: GraphProto) -> GraphProto:
     for node in graph.node:
         value = _constant(node) if node.op_type == "Constant" else None
         if value is None:
-            out.node.append(node)
+            out.node.append(_stand_in(node))
         elif int(np.prod(value.dims)) > SMALL or uses_external_data(value):
             out.input.append(helper.make_tensor_value_info(node.output[0], value.data_type, list(value.dims)))
         else:
@@ -282,6 +289,15 @@ def _skeleton(graph: GraphProto) -> GraphProto:
             out.initializer[-1].name = node.output[0]
     out.output.extend(helper.make_empty_tensor_value_info(o.name) for o in graph.output)
     return out
+
+
+def _stand_in(node: NodeProto) -> NodeProto:
+    """A node of another domain as one of ONNX's with the same shape of output, where there is one."""
+    if node.op_type in STAND_IN:
+        return helper.make_node("Cast", [node.input[0]], [node.output[0]], to=STAND_IN[node.op_type])
+    if node.domain == "com.microsoft" and node.op_type in SAME_SHAPE:
+        return helper.make_node("Identity", [node.input[0]], [node.output[0]])
+    return node
 
 
 def _constant(node: NodeProto) -> TensorProto | None:

@@ -254,7 +254,7 @@ def mismatched_scales(case: Case) -> Iterator[Hit]:
     "float-weight-behind-q",
     "warning",
     reason="the file holds the weight in floating point and quantizes it when it loads: it is not smaller, and loading takes longer",
-    cure="Fold the QuantizeLinear: store the INT8 weight with only a DequantizeLinear behind it.",
+    cure="Fold the QuantizeLinear: store the quantized weight with only a DequantizeLinear behind it.",
 )
 def float_weight_behind_q(case: Case) -> Iterator[Hit]:
     """A weight that is stored in floating point in front of a QuantizeLinear."""
