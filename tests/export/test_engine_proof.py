@@ -1,0 +1,176 @@
+"""What engines really run. Plans of TensorRT-RTX are compiled here and read; the inspector's JSON is made up in the layouts that
+TensorRT 10 and 11 document, since asking an inspector takes a GPU.
+"""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import ModelProto
+from requantized import requantized
+
+from distill.errors import GateFailed, UserError
+from export.anatomy import Anatomy
+from export.attention_blocks import attention_blocks
+from export.engine import build_engine
+from export.engine_proof import prove_engine, prove_plan
+from export.graph import load_graph
+from export.proof import prove, refuse
+
+BATCHES = (1, 4, 16)
+
+
+@pytest.fixture(scope="module")
+def rtx():
+    return pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx has no wheels for this platform")
+
+
+@pytest.fixture(scope="module")
+def fp16(graphs) -> ModelProto:
+    return load_graph(graphs["mlp-fp16"][1])
+
+
+@pytest.fixture(scope="module")
+def int8(fp16) -> ModelProto:
+    return requantized(fp16, "int8")
+
+
+def layer(name: str, kind: str, source: str, version: int, nodes: list[str] | None = None, tactic: str = "") -> dict:
+    """A layer as an inspector lists it: one type key in TensorRT 10, two in 11."""
+    words = {"INT8": "Int8", "FLOAT16": "Half", "FLOAT": "Float", "FP8": "FP8", "BFLOAT16": "BFloat16"}[source]
+    linear = (
+        "Row major linear FP16 format"
+        if source == "FLOAT16"
+        else f"Thirty-two wide channel vectorized row major {words} format"
+    )
+    keys = {"Format/Datatype": linear} if version == 10 else {"Format": "kLINEAR", "DataType": words}
+    tensors = [{"Name": "a", "Location": "Device", "Dimensions": [1, 17, 192], **keys}]
+    metadata = "\x1e".join(f"[ONNX Layer: {n}]" for n in nodes or [])
+    return {
+        "Name": name,
+        "LayerType": kind,
+        "Inputs": tensors,
+        "Outputs": tensors,
+        "TacticName": tactic,
+        "StreamId": 0,
+        "Metadata": metadata,
+    }
+
+
+def engine_of(graph: ModelProto, version: int, linear: str, fused: bool = True, except_for: str = "-") -> dict:
+    """What an inspector would say of an engine whose linear layers run in `linear`."""
+    products = prove(graph).products
+    layers = [layer("Reformatting CopyNode for Input Tensor 0 to patch_embed.proj", "Reformat", "FLOAT", version)]
+    for p in products:
+        if p.kind == "attention" and fused:
+            continue
+        type_ = "FLOAT16" if p.kind != "linear" or except_for in p.name else linear
+        layers.append(layer(f"{p.name}_myl0_3", "gemm", type_, version, [p.name], "sm80_xmma_gemm"))
+    for b in attention_blocks(Anatomy(graph)) if fused else []:
+        layers.append(layer(f"_gemm_mha_v2_{b.softmax}", "kgen", "FLOAT16", version, [b.qk, b.softmax, b.av], "_gemm_mha_v2"))
+    io = {"Bindings": ["images", "cls"]} if version == 10 else {"I/O Tensors": [{"Name": "images", "IOMode": "Input"}]}
+    return {"Layers": layers, **io}
+
+
+@pytest.mark.parametrize("version", [10, 11])
+def test_both_layouts_of_the_inspector(int8, version):
+    graph, blocks = prove(int8), attention_blocks(Anatomy(int8))
+    proof = prove_engine(json.dumps(engine_of(int8, version, "INT8")), graph, blocks)
+    assert proof.source == "engine inspector"
+    assert proof.flops_share(("linear",)) == {"INT8": 1.0}
+    assert proof.flops_share() == graph.flops_share()
+    assert proof.attention == {"blocks": 2, "fusable": 2, "fused": 2}
+    assert (proof.reformats, proof.casts, proof.layers) == (1, 0, 12)
+    assert proof.notes == ()
+
+
+@pytest.mark.parametrize("version", [10, 11])
+def test_an_int8_engine_that_is_not(int8, version):
+    graph = prove(int8)
+    proof = prove_engine(engine_of(int8, version, "FLOAT16"), graph)
+    assert proof.flops_share() == {"FLOAT16": 1.0}
+    assert "8 products run in another type than the graph asks for: blocks.0.attn.qkv in FLOAT16, not INT8" in proof.notes[0]
+    with pytest.raises(GateFailed, match=r"only 0% of its FLOPs are INT8: blocks.0.attn.qkv is FLOAT16"):
+        refuse(proof, "int8", "the engine")
+    part = prove_engine(engine_of(int8, version, "INT8", except_for="attn.qkv"), graph)
+    assert part.flops_share(("linear",)) == {"INT8": 0.75, "FLOAT16": 0.25}
+    refuse(part, "int8")
+
+
+def test_attention_in_pieces_is_not_fused(int8):
+    blocks = attention_blocks(Anatomy(int8))
+    assert prove_engine(engine_of(int8, 11, "INT8", fused=False), prove(int8), blocks).attention["fused"] == 0
+    assert prove_engine(engine_of(int8, 11, "INT8", fused=False), prove(int8)).attention["fused"] is None
+
+
+def test_one_layer_that_holds_everything_proves_nothing(int8):
+    names = [p.name for p in prove(int8).products]
+    whole = {"Layers": [layer("{ForeignNode[node_cast...node_cast_9]}", "Myelin", "FLOAT", 10, names)]}
+    proof = prove_engine(whole, prove(int8))
+    assert proof.flops_share() == prove(int8).flops_share()
+    assert "the engine does not say in which type 13 of 13 products run" in proof.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("not json", "is not JSON"),
+        ("[1]", "not an object with Layers"),
+        ('{"Layers": ["conv1", "gemm"]}', "profiling: detailed"),
+        ("{}", "profiling: detailed"),
+    ],
+)
+def test_answers_without_details(int8, answer, said):
+    with pytest.raises(UserError, match=said):
+        prove_engine(answer, prove(int8))
+
+
+# --- plans that are compiled here ---
+
+
+def compiled(model: ModelProto, folder: Path, precision, capabilities):
+    path = folder / "m.onnx"
+    onnx.save(model, path)
+    return build_engine(path, folder / "m.engine", "tensorrt_rtx", precision, BATCHES, capabilities).proof
+
+
+def test_an_fp16_plan_runs_fp16_and_fused_attention(rtx, fp16, tmp_path):
+    proof = compiled(fp16, tmp_path, "fp16", ["8.6", "12.0"])
+    assert proof.source == "compiled plan"
+    assert proof.flops_share() == {"FLOAT16": 1.0}
+    assert proof.attention == {"blocks": 2, "fusable": 2, "fused": 2}
+    assert proof.layers > 20
+
+
+def test_an_int8_plan_runs_int8_where_it_says_so(rtx, int8, tmp_path):
+    """TensorRT-RTX 1.7 splits the fused QKV layer and runs it in FLOAT16 though the graph asks for INT8: the proof sees it."""
+    proof = compiled(int8, tmp_path, "int8", ["8.6"])
+    assert proof.source == "compiled plan"
+    types = {p.name: p.type for p in proof.products}
+    assert {types[f"blocks.{i}.{n}"] for i in (0, 1) for n in ("attn.proj", "mlp.fc1", "mlp.fc2")} == {"INT8"}
+    changed = [p.name for p in proof.products if p.type != {g.name: g.type for g in prove(int8).products}[p.name]]
+    assert set(changed) <= {"blocks.0.attn.qkv", "blocks.1.attn.qkv"}
+    assert bool(changed) == any("run in another type than the graph asks for" in n for n in proof.notes)
+    assert proof.attention["fused"] == 2
+
+
+def test_attention_that_the_compiler_cannot_fuse(rtx, graphs, tmp_path):
+    """What lint calls unfused-attention is unfused by the compiler, too."""
+    from broken import unfused_attention
+
+    model = unfused_attention(load_graph(graphs["mlp-fp32"][1]), load_graph(graphs["mlp-fp16"][1]))
+    assert prove(model).attention["fusable"] == 1
+    healthy = compiled(load_graph(graphs["mlp-fp32"][1]), tmp_path, "fp32", ["8.6"])
+    proof = compiled(model, tmp_path, "fp32", ["8.6"])
+    assert proof.attention["fused"] < 2
+    assert healthy.attention["fused"] >= proof.attention["fused"]
+
+
+def test_a_plan_that_cannot_be_read_leaves_the_graphs_proof(int8):
+    graph = prove(int8)
+    for plan in (b"", b"\x00\x01\xff" * 1000, b"tensor={ name=\n fully_connected={ layers= }\n"):
+        proof = prove_plan(plan, graph)
+        assert proof.source == "graph"
+        assert proof.products == graph.products
+        assert "not measured" in proof.notes[-1]
