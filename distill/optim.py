@@ -10,9 +10,6 @@ from distill.config import Config
 from distill.schedules import SCALES, Cosine, Linear, is_decayed, layer_multiplier
 from distill.sharding import whole
 
-SCALE_LR = (
-    1.0  # learning-rate factor of quantization's scales, whose logarithm is learned: a step changes them by lr times this
-)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -30,6 +27,8 @@ class OptimConfig(Config):
         patch_embed_lr: learning-rate factor of the patch embedding.
         freeze_last_layer: share of the run in which the prototypes' learning rate is 0 (Adam's moments go on, as in the reference).
         beta2: of AdamW (beta1 is 0.9).
+        scale_lr: learning rate of learned scales of quantization, about the share by which a step changes one (their logarithm is
+            learned); whatever `lr` and the batch are, with the same warmup, and its cosine ends at 0.
     """
 
     lr: float = 0.004
@@ -42,6 +41,7 @@ class OptimConfig(Config):
     patch_embed_lr: float = 0.2
     freeze_last_layer: float = 0.01
     beta2: float = 0.999
+    scale_lr: float = 0.001
 
     def problems(self) -> list[str]:
         found = []
@@ -54,11 +54,13 @@ class OptimConfig(Config):
             self.layer_decay,
             self.patch_embed_lr,
             self.beta2,
+            self.scale_lr,
         )
         if not all(math.isfinite(v) for v in numbers):
             return ["every number must be finite"]
-        if self.patch_embed_lr < 0:
-            found.append(f"patch_embed_lr must be at least 0, got {self.patch_embed_lr}")
+        for name in ("patch_embed_lr", "scale_lr"):
+            if getattr(self, name) < 0:
+                found.append(f"{name} must be at least 0, got {getattr(self, name)}")
         if not self.lr >= self.min_lr >= 0:
             found.append(f"lr {self.lr} must be at least min_lr {self.min_lr}, and both at least 0")
         for name in ("warmup", "freeze_last_layer"):
@@ -82,7 +84,8 @@ class Schedules:
 
     def __init__(self, config: OptimConfig, batch: int, total: int):
         base = config.lr * (batch / 1024) ** 0.5
-        self.lr = Cosine(base, config.min_lr, total, round(config.warmup * total))
+        warmup = round(config.warmup * total)
+        self.lr, self.scale_lr = Cosine(base, config.min_lr, total, warmup), Cosine(config.scale_lr, 0.0, total, warmup)
         self.weight_decay = Cosine(*config.weight_decay, total)
         self.ema = Cosine(*config.ema, total)
         self.frozen_steps = round(config.freeze_last_layer * total)
@@ -92,21 +95,20 @@ class Schedules:
 
 
 def make_optimizer(modules: dict[str, nn.Module], blocks: int, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the named sub-modules; parameters of equal (learning-rate factor, decay, last layer) share a group."""
-    groups: dict[tuple[float, bool, bool], list[Tensor]] = {}
+    """AdamW over the named sub-modules; parameters of equal (learning-rate factor, decay, last layer, scale) share a group."""
+    groups: dict[tuple[float, bool, bool, bool], list[Tensor]] = {}
     for module_name, module in modules.items():
         norms = {p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
         for name, p in module.named_parameters():
             if not p.requires_grad:
                 continue
-            factor = (
-                layer_multiplier(name, blocks, config.layer_decay, config.patch_embed_lr) if module_name == "backbone" else 1.0
-            )
-            factor *= SCALE_LR if name.endswith(SCALES) else 1.0
+            factor, scale = 1.0, name.endswith(SCALES)
+            if module_name == "backbone" and not scale:
+                factor = layer_multiplier(name, blocks, config.layer_decay, config.patch_embed_lr)
             decayed = is_decayed(name) and p not in norms  # not every norm is called one: `bn1`, `layers.1`
-            groups.setdefault((factor, decayed, "last_layer" in name), []).append(p)
+            groups.setdefault((factor, decayed, "last_layer" in name, scale), []).append(p)
     optimizer = torch.optim.AdamW(
-        [{"params": ps, "factor": f, "decayed": d, "last_layer": last} for (f, d, last), ps in groups.items()],
+        [{"params": ps, "factor": f, "decayed": d, "last_layer": last, "scale": s} for (f, d, last, s), ps in groups.items()],
         lr=0.0,  # set before every step
         betas=(0.9, config.beta2),
         fused=True,  # one pass over memory instead of a dozen
@@ -123,8 +125,9 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: object) -> None:
 def set_step(optimizer: torch.optim.Optimizer, schedules: Schedules, step: int) -> None:
     """Write this step's learning rates and weight decay into the groups."""
     lr, last, decay = schedules.lr(step), schedules.last_layer_lr(step), schedules.weight_decay(step)
+    scale = schedules.scale_lr(step)
     for group in optimizer.param_groups:
-        group["lr"] = (last if group["last_layer"] else lr) * group["factor"]
+        group["lr"] = (last if group["last_layer"] else scale if group["scale"] else lr) * group["factor"]
         group["weight_decay"] = decay if group["decayed"] else 0.0
 
 
