@@ -1,6 +1,6 @@
 """The small charts of the report's part on compression, as SVG text that the page's CSS colours: shares, damage a layer, a search.
 
-Shapes carry what colour carries too: kept layers are hatched by a dot above the bar, artifacts that met a budget are filled.
+Shapes carry what colour carries too: kept layers have a dot above the bar, artifacts that met a budget are filled.
 """
 
 from collections.abc import Mapping, Sequence
@@ -80,18 +80,19 @@ def damage_bars(found: Sequence[Damage], title: str, size: tuple[int, int], kind
 
 @dataclass(frozen=True)
 class Tried:
-    """An artifact of a search: layers kept, a measurement, whether the budget was met, and whether it was chosen."""
+    """An artifact of a search: layers kept, a measurement with its interval, whether the budget was met, whether it was chosen."""
 
     kept: int
     value: float
     met: bool
     chosen: bool
     tip: str
+    interval: tuple[float, float] | None = None
 
 
 def search_panel(tried: Sequence[Tried], title: str, limit: float | None = None) -> str:
     """Layers kept against a measurement: filled where the budget was met, ringed where chosen, a dashed line at the limit."""
-    ys = [t.value for t in tried] + ([] if limit is None else [limit])
+    ys = [v for t in tried for v in (t.value, *(t.interval or ()))] + ([] if limit is None else [limit])
     most = max(t.kept for t in tried)
     canvas = Canvas(340, 210, (-0.5, most + 0.5), padded(ys), left=60, top=12, whole_x=True)
     canvas.axes("layers in floating point", "")
@@ -102,9 +103,12 @@ def search_panel(tried: Sequence[Tried], title: str, limit: float | None = None)
     for t in sorted(tried, key=lambda t: t.chosen):
         x, y = canvas.x(t.kept), canvas.y(t.value)
         ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="8"/>' if t.chosen else ""
+        if t.interval:
+            low, high = (canvas.y(v) for v in t.interval)
+            ring = f'<path class="whisker" d="M{x:.1f} {high:.1f}V{low:.1f}"/>{ring}'
         mark = "dot" if t.met else "dot hollow"
         canvas.parts.append(
             f'<g class="{"c0" if t.chosen else "c1"}"><title>{escape(t.tip)}</title>'
-            f'<circle class="{mark}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>{ring}</g>'
+            f'{ring}<circle class="{mark}" cx="{x:.1f}" cy="{y:.1f}" r="4"/></g>'
         )
     return canvas.svg(title, "; ".join(t.tip for t in tried if t.chosen or t.kept in (0, most)), "panel")

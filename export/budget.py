@@ -71,6 +71,9 @@ class BudgetConfig(Config):
         names = ("cosine_min", *POINTS)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    def asks_accuracy(self) -> bool:
+        return bool(self.asked().keys() & POINTS.keys())
+
     def most(self, layers: int) -> int:
         """Layers of so many that may stay in floating point; one at least is quantized."""
         return max(0, min(layers - 1, layers // 2 if self.most_kept is None else self.most_kept))

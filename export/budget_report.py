@@ -22,7 +22,8 @@ class BudgetView:
     label: str
     met: bool
     sentence: str
-    kept: list[tuple[str, str]]
+    kept: str
+    layers: int
     charts: list[Markup]
     panels: list[tuple[str, Markup]]
     table: list[tuple[str, ...]]
@@ -46,7 +47,8 @@ def _view(label: str, budget: Mapping[str, Any]) -> BudgetView:
         label=label,
         met=bool(budget.get("met")),
         sentence=_sentence(budget, len(sensitivity), len(curve)),
-        kept=[(layer, _alone(alone.get(layer))) for layer in budget.get("kept") or []],
+        kept=", ".join(f"{layer} ({_alone(alone.get(layer))})" for layer in budget.get("kept") or []),
+        layers=len(kept),
         charts=_charts(label, sensitivity, kept),
         panels=_panels(budget, curve, kept),
         table=_table(budget, curve, kept),
@@ -57,15 +59,19 @@ def _sentence(budget: Mapping[str, Any], layers: int, tried: int) -> str:
     asked, reached = budget.get("asked") or {}, budget["reached"]
     wanted = [f"cosine of at least {asked['cosine_min']:g}"] if asked.get("cosine_min") is not None else []
     wanted += [f"at most {asked[k]:g} {words}" for k, words in POINTS.items() if asked.get(k) is not None]
-    got = [f"{words} {_number(k, reached.get(k))}" for k, words in PANELS.items() if k in asked or k == "cosine_min"]
+    got = [
+        f"{words[0].lower() if k.startswith('cos') else words[0]}{words[1:]} {_number(k, reached.get(k))}"
+        for k, words in PANELS.items()
+        if k in asked or k == "cosine_min"
+    ]
     kept = len(budget.get("kept") or [])
     said = (
         f"Asked: {' and '.join(wanted)}. {'Met' if budget.get('met') else 'Not met: the best found is kept,'} with {kept} of "
     )
     said += f"{budget.get('layers', layers)} layers in floating point ({'; '.join(got)}), found by measuring {tried} artifacts."
     if budget.get("met") and kept:
-        proved = "breaks the budget, measured." if budget.get("minimal") else "was not tried for all: the search ran out."
-        said += f" Giving back any single one of them {proved}"
+        every = "Quantizing any single one of them again was measured to break the budget."
+        said += f" {every}" if budget.get("minimal") else " The search ran out before it had tried to give each of them back."
     return said
 
 
@@ -80,7 +86,7 @@ def _number(name: str, value: Any) -> str:
 def _alone(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return MISSING
-    return f"least cosine {_number('cosine_min', found.get('cosine_min'))} when it alone is quantized"
+    return _number("cosine_min", found.get("cosine_min"))
 
 
 def _charts(label: str, sensitivity: Sequence[Mapping[str, Any]], kept: set[str]) -> list[Markup]:
@@ -124,6 +130,7 @@ def _panels(budget: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], kept:
                 bool(p.get("met")),
                 set(p["kept"]) == kept,
                 f"{len(p['kept'])} kept: {title.lower()} {_number(name, p[name])}{_interval(name, p)}",
+                _ends(name, p),
             )
             for p in curve
             if isinstance(p.get(name), int | float)
@@ -134,12 +141,16 @@ def _panels(budget: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], kept:
     return found
 
 
-def _interval(name: str, point: Mapping[str, Any]) -> str:
+def _ends(name: str, point: Mapping[str, Any]) -> tuple[float, float] | None:
     stem = name.rpartition("_")[0]
     low, high = point.get(f"{stem}_low"), point.get(f"{stem}_high")
-    if name.startswith("cosine") or not isinstance(low, int | float) or not isinstance(high, int | float):
-        return ""
-    return f" ({_number(name, low)} to {_number(name, high)})"
+    measured = isinstance(low, int | float) and isinstance(high, int | float)
+    return (low, high) if measured and not name.startswith("cosine") else None  # type: ignore[return-value]
+
+
+def _interval(name: str, point: Mapping[str, Any]) -> str:
+    ends = _ends(name, point)
+    return f" ({_number(name, ends[0])} to {_number(name, ends[1])})" if ends else ""
 
 
 def _table(budget: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], kept: set[str]) -> list[tuple[str, ...]]:

@@ -186,7 +186,7 @@ def _proof(artifact: Mapping[str, Any], book: Book) -> ProofView | None:
     proof = at_size(artifact, "proof", book)
     if not isinstance(proof, dict):
         return None
-    shares = proof.get("flops_share") or {}
+    shares = dict(sorted((proof.get("flops_share") or {}).items(), key=lambda s: -s[1]))
     return ProofView(
         label=label_of(artifact["subject"], artifact["target"]),
         bar=Markup(bars.share_bar(shares)),
@@ -205,7 +205,9 @@ def _shares(shares: Mapping[str, float]) -> str:
     def percent(v: float) -> str:
         return f"{100 * v:.0f}" if v >= 0.01 else f"{100 * v:.1g}"
 
-    return ", ".join(f"{bars.type_name(t)} {percent(v)}\u00a0%" for t, v in shares.items() if v > 0)
+    return ", ".join(
+        f"{bars.type_name(t)} {percent(v)}\u00a0%" for t, v in sorted(shares.items(), key=lambda s: -s[1]) if v > 0
+    )
 
 
 def _attention(attention: Mapping[str, Any]) -> str:
@@ -237,7 +239,11 @@ def _why_slow(artifact: Mapping[str, Any], book: Book) -> str | None:
         said += f" Around them stand {' and '.join(counts)}." if counts else ""
         said += f" Attention: {_attention(proof.get('attention') or {})}."
     work = sum(e.get("mflops") or 0.0 for e in at_size(artifact, "plan", book) or [] if isinstance(e, dict))
-    return said + (f" All products of an image are {tables.digits(work)} MFLOP." if work else "")
+    return said + (f" All products of an image are {_flops(work)}." if work else "")
+
+
+def _flops(millions: float) -> str:
+    return f"{tables.digits(millions / 1000)} GFLOP" if millions >= 1000 else f"{tables.digits(millions)} MFLOP"
 
 
 COUNTED = {

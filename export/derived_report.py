@@ -11,7 +11,7 @@ from export.tables import Book
 
 @dataclass(frozen=True)
 class PrunedView:
-    """One pruned model. `models`: (label, MACs, kNN, linear, difference to its origin, latency) before, after and beside it."""
+    """One pruned model. `models`: (label, MACs, kNN, linear, its own difference to this one, latency) before, after and beside it."""
 
     label: str
     sentence: str
@@ -43,21 +43,24 @@ def pruned_view(subject: str, about: Mapping[str, Any], book: Book) -> PrunedVie
         if not one or not knn:
             continue
         label = label_of(one, "torch-fp32") + (", recovered" if one == subject and f"cut/{name}" in _names(book) else "")
-        paired = book.difference("knn_top1", one, "torch-fp32", f"{origin}/torch-fp32") if one != origin else None
+        paired = book.difference("knn_top1", subject, "torch-fp32", f"{one}/torch-fp32") if one != subject else None
         linear = book.one("linear_top1", one, "torch-fp32")
         rows.append((label, macs, knn, linear, paired, book.latency(one, target, "latency_p50_ms", False)))
     parts = []
     if isinstance(before, int | float) and isinstance(after, int | float) and before:
         parts.append(f"{100 * after / before:.0f}\u00a0% of the multiply-adds of {about.get('from')}")
     asked = about.get("asked") or {}
-    wanted = [f"{k} {v}" for k in ("macs", "latency_ms") if (v := asked.get(k)) is not None]
-    parts += [f"asked: {', '.join(wanted)}"] if wanted else []
+    parts += [f"asked were {asked['macs']:g} of them"] if isinstance(asked.get("macs"), int | float) else []
+    parts += [f"asked were {asked['latency_ms']:g} ms"] if isinstance(asked.get("latency_ms"), int | float) else []
     parts += [f"importance by {asked['importance']}"] if asked.get("importance") else []
     steps = [s for s in about.get("steps") or [] if isinstance(s, dict)]
     parts += [f"cut in {len(steps)} step{'s' if len(steps) != 1 else ''}"] if steps else []
     old = about.get("before") or {}
-    parts += [f"width {old['dim']} to {about.get('dim')}"] if old.get("dim") else [f"width {about.get('dim')}"]
-    parts += [f"{len(old['blocks'])} blocks to {len(about.get('blocks') or [])}"] if old.get("blocks") else []
+    for name_of, was, now in (
+        ("width", old.get("dim"), about.get("dim")),
+        ("blocks", len(old.get("blocks") or []), len(about.get("blocks") or [])),
+    ):
+        parts.append(f"{name_of} {now}" if was in (now, None, 0) else f"{name_of} {now} of {was}")
     return PrunedView(short_name(subject), "; ".join(parts) + ".", rows, _widths(about, old), target_name(target))
 
 

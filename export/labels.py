@@ -1,5 +1,7 @@
 """What subjects, targets and metrics are called, and in which order they are told."""
 
+from collections.abc import Collection
+
 from distill.rows import Row
 
 RUNTIMES = {"onnx": "ONNX", "openvino": "OpenVINO", "rtx": "TensorRT-RTX", "trt": "TensorRT", "torch": "PyTorch"}
@@ -67,8 +69,11 @@ def short_name(subject: str) -> str:
     return {"pruned": f"pruned {name}", "qad": f"QAD {name}"}.get(kind, name or kind)
 
 
-def order(key: tuple[str, str]) -> tuple[int, str, str, int, int, str]:
-    """Sorts (subject, target): yardsticks, teacher, students, controls, pruned, QAD; then the files that ship, by model."""
+def order(key: tuple[str, str], pruned: Collection[str] = ()) -> tuple[int, str, int, int, int, str]:
+    """Sorts (subject, target): yardsticks, teacher, students, controls, pruned, QAD; then the files that ship, by model.
+
+    pruned: names of pruned models, whose control stands with them: before recovery, after it, from scratch.
+    """
     subject, target = key
     kind = subject.split("/")[0]
     rank = KINDS.index(kind) if kind in KINDS else len(KINDS)
@@ -77,11 +82,12 @@ def order(key: tuple[str, str]) -> tuple[int, str, str, int, int, str]:
     by_runtime = runtimes.index(runtime) if runtime in runtimes else len(runtimes)
     by_precision = precisions.index(precision) if precision in precisions else len(precisions)
     if target not in PLAIN:
-        return len(KINDS) + 1 + rank, subject, "", by_runtime, by_precision, target
+        return len(KINDS) + 1 + rank, subject, 0, by_runtime, by_precision, target
     name = "" if subject == "random/teacher" else subject.partition("/")[2]
-    if kind in ("cut", "pruned"):  # before and after stand together
-        return KINDS.index("cut"), name, kind, by_runtime, by_precision, target
-    return rank, name, "", by_runtime, by_precision, target
+    stages = ("cut", "pruned", "control")
+    if kind in stages[:2] or (kind == "control" and name in pruned):
+        return KINDS.index("cut"), name, stages.index(kind), by_runtime, by_precision, target
+    return rank, name, 0, by_runtime, by_precision, target
 
 
 def metric_name(row: Row) -> str:

@@ -28,7 +28,7 @@ class PlanView:
     Attributes:
         columns: places in a block, e.g. attn.qkv. rows: (block, a cell a column; None where it has no such layer).
         others: (layer, cell) outside the blocks. reasons: (why, layers) of what stays in floating point.
-        counts: "48 layers INT8, 2 in floating point".
+        counts: how many layers of each kind are quantized, and to what.
     """
 
     label: str
@@ -53,10 +53,12 @@ def plan_views(artifacts: Sequence[Mapping[str, Any]], plan_of: Callable[[Mappin
 
 def _view(subject: str, targets: list[str], entries: list[dict[str, Any]]) -> PlanView:
     layers = [e for e in entries if e.get("kind") != "Class"]
+    unquantized = all(e["decision"] == "keep" for e in layers if e.get("kind") == "Product")
+    shown = [e for e in layers if not (unquantized and e.get("kind") == "Product")]  # the reasons name them
     columns: list[str] = []
     blocks: dict[str, dict[str, Cell]] = {}
     others = []
-    for entry in layers:
+    for entry in shown:
         found = BLOCK.fullmatch(entry["layer"])
         if found is None:
             others.append((entry["layer"], _cell(entry)))
@@ -78,12 +80,17 @@ def _view(subject: str, targets: list[str], entries: list[dict[str, Any]]) -> Pl
     )
 
 
+KIND_NAMES = {"Linear": "linear layers", "Product": "attention products", "Conv": "convolutions"}
+
+
 def _counts(layers: Sequence[Mapping[str, Any]]) -> str:
-    by: dict[str, int] = {}
-    for entry in layers:
-        by[entry["decision"]] = by.get(entry["decision"], 0) + 1
-    said = [f"{n} to {PRECISIONS.get(d, d)}" for d, n in by.items() if d != "keep"]
-    return ", ".join(said + ([f"{by['keep']} in floating point"] if "keep" in by else []))
+    """46 of 48 linear layers, 0 of 24 attention products to INT8."""
+    said = []
+    for kind, words in KIND_NAMES.items():
+        mine = [e["decision"] != "keep" for e in layers if e.get("kind") == kind]
+        said += [f"{sum(mine)} of {len(mine)} {words}"] if mine else []
+    to = dict.fromkeys(PRECISIONS.get(e["decision"], e["decision"]) for e in layers if e["decision"] != "keep")
+    return f"{', '.join(said)} to {' and '.join(to) or 'nothing'}"
 
 
 def _cell(entry: Mapping[str, Any]) -> Cell:

@@ -10,7 +10,9 @@ from html import escape
 from itertools import pairwise
 
 LETTER = 0.54  # mean width of a letter over the font size, a little generous
+Label = tuple[float, float, str, bool]  # x, y of the baseline, anchor, whether it needs a leader line
 MOST_LABELS = 10
+NEARBY = 45  # units from a point to a label that may be dropped
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -107,7 +109,7 @@ def scatter(
     """Points on a logarithmic x axis (smaller is better) and a linear y axis (larger is better), with the frontier of the best.
 
     Labels are set where they cover neither each other nor a point, with a leader line where that is farther away. Of more than
-    MOST_LABELS points, those off the frontier whose labels would cover something go without; hovering names them.
+    MOST_LABELS points, those off the frontier that find no free place nearby go without; hovering names them.
     """
     assert points
     xs = [v for p in points for v in (p.x, *(p.x_interval or ()))]
@@ -117,10 +119,9 @@ def scatter(
     best = frontier(points)
     path = "".join(f"H{canvas.x(p.x):.1f}V{canvas.y(p.y):.1f}" for p in best[1:])
     canvas.parts.append(f'<path class="frontier" d="M{canvas.x(best[0].x):.1f} {canvas.y(best[0].y):.1f}{path}"/>')
-    labels = place_labels(canvas, points, best)
-    keep = readable(canvas, points, labels, best) if len(points) > MOST_LABELS else set(range(len(points)))
-    for i, (point, label) in enumerate(zip(points, labels, strict=True)):
-        canvas.parts.append(_mark(canvas, point, *label, named=i in keep))
+    labels = place_labels(canvas, points, best, drop=len(points) > MOST_LABELS)
+    for point, label in zip(points, labels, strict=True):
+        canvas.parts.append(_mark(canvas, point, label))
     described = "; ".join(p.tip for p in points)
     return canvas.svg(title, described, kind)
 
@@ -168,18 +169,6 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def readable(
-    canvas: Canvas, points: Sequence[Point], labels: Sequence[tuple[float, float, str, bool]], best: Sequence[Point]
-) -> set[int]:
-    """Indices of the labels to draw: those of `best`, then every other one that covers no label drawn before it."""
-    kept: dict[int, Box] = {}
-    for i in sorted(range(len(points)), key=lambda i: (points[i] not in best, canvas.y(points[i].y))):
-        box = _label_box(canvas, points[i], *labels[i][:3])
-        if points[i] in best or all(_overlap(box, other) == 0 for other in kept.values()):
-            kept[i] = box
-    return set(kept)
-
-
 def _label_box(canvas: Canvas, p: Point, x: float, y: float, anchor: str) -> Box:
     """What a label covers, its baseline being at y."""
     wide = len(p.label) * LETTER * canvas.font
@@ -187,7 +176,7 @@ def _label_box(canvas: Canvas, p: Point, x: float, y: float, anchor: str) -> Box
     return start - 2, y - canvas.font * 0.85, start + wide + 2, y + canvas.font * 0.3
 
 
-def _mark(canvas: Canvas, p: Point, label_x: float, label_y: float, anchor: str, far: bool, named: bool = True) -> str:
+def _mark(canvas: Canvas, p: Point, label: Label | None) -> str:
     x, y = canvas.x(p.x), canvas.y(p.y)
     whiskers = ""
     if p.x_interval:
@@ -201,18 +190,20 @@ def _mark(canvas: Canvas, p: Point, label_x: float, label_y: float, anchor: str,
         "triangle": f'<path class="dot" d="M{x:.1f} {y - 6.5:.1f}l6.5 11.5h-13z"/>',
         "wedge": f'<path class="dot" d="M{x:.1f} {y + 6.5:.1f}l6.5 -11.5h-13z"/>',
     }
-    lead = f'<path class="leader" d="M{x:.1f} {y:.1f}L{label_x:.1f} {label_y - 4:.1f}"/>' if far and named else ""
-    text = f'<text class="name" x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{anchor}">{escape(p.label)}</text>'
-    text = text if named else ""
-    return f'<g class="point {p.style}"><title>{escape(p.tip)}</title>{lead}{whiskers}{shapes[p.shape]}{text}</g>'
+    lead = named = ""
+    if label is not None:
+        left, base, anchor, far = label
+        lead = f'<path class="leader" d="M{x:.1f} {y:.1f}L{left:.1f} {base - 4:.1f}"/>' if far else ""
+        named = f'<text class="name" x="{left:.1f}" y="{base:.1f}" text-anchor="{anchor}">{escape(p.label)}</text>'
+    return f'<g class="point {p.style}"><title>{escape(p.tip)}</title>{lead}{whiskers}{shapes[p.shape]}{named}</g>'
 
 
-def place_labels(canvas: Canvas, points: Sequence[Point], best: Sequence[Point] = ()) -> list[tuple[float, float, str, bool]]:
-    """(x, y of the baseline, anchor, whether it needs a leader line) for each point's label.
+def place_labels(canvas: Canvas, points: Sequence[Point], best: Sequence[Point] = (), drop: bool = False) -> list[Label | None]:
+    """Where each point's label stands; with `drop`, None for those off the frontier that find no free place nearby.
 
-    Greedy, in order of height: of positions around the point at growing distance the first that overlaps nothing, else the
-    one that overlaps least: other labels, points, their intervals, and the frontier through `best`. A position outside the
-    frame is never taken unless there is no other.
+    Greedy, in order of height (with `drop`, the frontier's first): of positions around the point at growing distance the first
+    that overlaps nothing, else the one that overlaps least: other labels, points, their intervals, and the frontier through
+    `best`. A position outside the frame is never taken unless there is no other.
     """
     size = canvas.font
     marks: list[Box] = []
@@ -227,9 +218,9 @@ def place_labels(canvas: Canvas, points: Sequence[Point], best: Sequence[Point] 
         marks.append((canvas.x(a.x), canvas.y(a.y) - 1, canvas.x(b.x), canvas.y(a.y) + 1))
         marks.append((canvas.x(b.x) - 1, canvas.y(b.y), canvas.x(b.x) + 1, canvas.y(a.y)))
     taken = list(marks)
-    found: dict[int, tuple[float, float, str, bool]] = {}
+    found: dict[int, Label | None] = {}
     left, top, right, bottom = canvas.inside()
-    for i in sorted(range(len(points)), key=lambda i: canvas.y(points[i].y)):
+    for i in sorted(range(len(points)), key=lambda i: (drop and points[i] not in best, canvas.y(points[i].y))):
         x, y = canvas.x(points[i].x), canvas.y(points[i].y)
         options = []
         for distance in (0, 14, 28, 44, 62, 82):
@@ -239,7 +230,10 @@ def place_labels(canvas: Canvas, points: Sequence[Point], best: Sequence[Point] 
                 box = _label_box(canvas, points[i], px, py, anchor)
                 outside = max(left - box[0], 0) + max(box[2] - right, 0) + max(top - box[1], 0) + max(box[3] - bottom, 0)
                 options.append((1000 * outside + sum(_overlap(box, b) for b in taken), (px, py, anchor, far), box))
-        _, chosen, box = min(options, key=lambda o: o[0])  # the first of equals: the nearest
+        cost, chosen, box = min(options, key=lambda o: o[0])  # the first of equals: the nearest
+        if drop and points[i] not in best and (cost > 0 or abs(chosen[0] - x) + abs(chosen[1] - y) > NEARBY):
+            found[i] = None
+            continue
         found[i] = chosen
         taken.append(box)
     return [found[i] for i in range(len(points))]
@@ -296,12 +290,12 @@ def ticks(low: float, high: float, log: bool = False, most: int = 6) -> list[flo
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:
-    """As `short`, with more digits where neighbours would read alike: cosines near 1."""
-    texts = [short(v) for v in values]
-    if len(set(texts)) == len(texts):
-        return texts
-    step = min(b - a for a, b in pairwise(values))
-    return [f"{v:.{max(0, -math.floor(math.log10(step)) + 1)}f}".replace("-", "−") for v in values]
+    """As `short`, with as many decimals as it takes to be right where three digits are not enough: cosines near 1."""
+    step = min((b - a for a, b in pairwise(values)), default=math.inf)
+    if all(abs(float(f"{v:.3g}") - v) <= step / 100 for v in values):
+        return [short(v) for v in values]
+    decimals = next(d for d in range(12) if all(abs(round(v, d) - v) <= step / 100 for v in values))
+    return [f"{v:.{decimals}f}".replace("-", "−") for v in values]
 
 
 def short(value: float) -> str:

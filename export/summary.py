@@ -22,9 +22,24 @@ def summary(rows: Sequence[Row], images_seen: Mapping[str, int | None] | None = 
         said.append(_student(book, subject, seen))
     for subject in [s for s, t in book.subjects() if s.startswith(("pruned/", "qad/")) and t == "torch-fp32"]:
         said += _derived(book, subject)
+    idle: list[tuple[str, str]] = []
     for subject in dict.fromkeys(s for s, _ in book.artifacts()):
-        said += _artifacts(book, subject)
-    return said
+        sentences, not_run = _artifacts(book, subject)
+        said += sentences if subject.startswith("students/") else []
+        idle += [(subject, target) for target in not_run]
+    return said + _idle(idle)
+
+
+def _idle(files: Sequence[tuple[str, str]]) -> list[str]:
+    """On the files that were made and not run."""
+    if not files:
+        return []
+    models = dict.fromkeys(short_name(s) for s, _ in files)
+    listed = (
+        _and([target_name(t) for _, t in files]) if len(files) <= MOST_SENTENCES and len(models) == 1 else f"{len(files)} files"
+    )
+    verb = "was" if len(files) == 1 else "were"
+    return [f"{listed} of {_and(list(models))} {verb} not run on this machine; below it says why."]
 
 
 def _teacher(book: Book) -> str:
@@ -91,7 +106,7 @@ def _derived(book: Book, subject: str) -> list[str]:
     row = book.one("knn_top1", subject, "torch-fp32")
     if row is None or row.value is None:
         return []
-    versus = [str(r.conditions.get("versus")) for r in book.all("knn_top1_difference", subject, "torch-fp32")]
+    versus = _compared(book, subject, "torch-fp32")
     own = next((v for v in versus if v.startswith(("students/", "pruned/")) and v.endswith("/torch-fp32")), None)
     parts = []
     for other, words in (
@@ -101,12 +116,21 @@ def _derived(book: Book, subject: str) -> list[str]:
         if other in versus:
             origin, _, target = str(other).rpartition("/")
             parts.append(_against(book, subject, "torch-fp32", origin, target, words))
+    for target in [t for s, t in book.artifacts() if s == subject and subject.startswith("qad/")]:
+        for origin in [v.rpartition("/")[0] for v in _compared(book, subject, target) if v.endswith(f"/{target}")]:
+            words = f"{short_name(origin)} quantized after training, both as {target_name(target)}"
+            parts.append(_against(book, subject, target, origin, target, words))
     name = short_name(subject)
     return [f"{name[0].upper()}{name[1:]} reaches {_accuracy(row)}" + _listed([p for p in parts if p]) + "."]
 
 
-def _artifacts(book: Book, subject: str) -> list[str]:
-    """A sentence on each quantized or converted file that ran here, or on the fastest of many, and one on those that did not."""
+def _compared(book: Book, subject: str, target: str) -> list[str]:
+    """What it was compared with, pair by pair."""
+    return [str(r.conditions.get("versus")) for r in book.all("knn_top1_difference", subject, target)]
+
+
+def _artifacts(book: Book, subject: str) -> tuple[list[str], list[str]]:
+    """A sentence on each quantized or converted file that ran here, or on the fastest of many; and the targets that did not run."""
     name = short_name(subject)
     ran: list[tuple[str, Row | None]] = []
     idle = []
@@ -114,7 +138,7 @@ def _artifacts(book: Book, subject: str) -> list[str]:
         latency = book.latency(subject, target, "latency_p50_ms", largest=False)
         accuracy = book.one("knn_top1", subject, target)
         if not any(r is not None and r.status == "measured" for r in (latency, accuracy)):
-            idle.append(target_name(target))
+            idle.append(target)
         elif not target.endswith("fp32"):
             ran.append((target, latency))
     said = [_artifact(book, subject, target, latency) for target, latency in ran]
@@ -126,11 +150,7 @@ def _artifacts(book: Book, subject: str) -> list[str]:
             said = [
                 f"Of {len(ran)} converted files of {name} the one with the smallest median latency is {target_name(best[1])}. {told}"
             ]
-    if idle:
-        verb = "was" if len(idle) == 1 else "were"
-        listed = _and(idle) if len(idle) <= MOST_SENTENCES else f"{len(idle)} files"
-        said.append(f"{listed} of {name} {verb} not run on this machine; below it says why.")
-    return said
+    return said, idle
 
 
 def _artifact(book: Book, subject: str, target: str, latency: Row | None) -> str:

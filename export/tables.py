@@ -127,7 +127,8 @@ class Book:
     def subjects(self) -> list[tuple[str, str]]:
         """(subject, target) in the order of the story: yardsticks, teacher, students, controls, then artifacts."""
         keys = {(r.subject, r.target) for r in self.rows if r.target not in ("all", "preprocess") and r.subject != "all"}
-        return sorted(keys, key=order)
+        pruned = {subject.partition("/")[2] for subject, _ in keys if subject.startswith("pruned/")}
+        return sorted(keys, key=lambda k: order(k, pruned))
 
     def artifacts(self) -> list[tuple[str, str]]:
         return [k for k in self.subjects() if k[0].split("/")[0] in SHIPPED and k[1] not in PLAIN]

@@ -83,7 +83,7 @@ class Model:
         self.preprocessing = load("preprocess")
         settings = read_json("preprocess.json")["resolutions"][str(file["resolution"])]
         self.preprocess = self.preprocessing.Preprocess.from_json(settings)
-        opened = OnnxFile if artifact["runtime"] == "onnxruntime" else EngineFile
+        opened = {"onnxruntime": OnnxFile, "openvino": OpenVinoFile}.get(artifact["runtime"], EngineFile)
         self.opened = opened(HERE / file["path"], artifact, file, threads)
 
     def __call__(self, images):
@@ -141,6 +141,24 @@ class OnnxFile:
 
     def __call__(self, images):
         return dict(zip(self.outputs, self.session.run(self.outputs, {self.input: images})))  # noqa: B905 (Python 3.9)
+
+
+class OpenVinoFile:
+    """One ONNX file in OpenVINO on the CPU."""
+
+    def __init__(self, path, artifact, file, threads=0):
+        import openvino
+
+        properties = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+        if precision := artifact["compatibility"].get("inference_precision"):
+            properties["INFERENCE_PRECISION_HINT"] = precision
+        self.request = openvino.Core().compile_model(str(path), "CPU", properties).create_infer_request()
+        self.input = file["inputs"][0]["name"]
+        self.outputs = [port["name"] for port in file["outputs"]]
+
+    def __call__(self, images):
+        found = self.request.infer({self.input: images}, share_outputs=False)
+        return {name: found[name] for name in self.outputs}
 
 
 class EngineFile:

@@ -90,7 +90,7 @@ def run(args):
 def machine():
     """What a reader of the report needs to know about this machine."""
     found = {"python": platform.python_version(), "system": platform.system().lower(), "machine": platform.machine().lower()}
-    for name in ("numpy", "PIL", "onnxruntime", "tensorrt_rtx", "tensorrt"):
+    for name in ("numpy", "PIL", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt"):
         if importlib.util.find_spec(name) is not None:
             try:
                 found[name] = importlib.import_module(name).__version__
