@@ -33,8 +33,9 @@ from distill.models.checkpoints import load_backbone, model_info
 from distill.progress import Progress
 from export import golden
 from export.archive import CHUNK, bad_name, write_archive
-from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile
-from export.golden import PREPROCESS, SAME, SOURCE, Precision, Tolerance
+from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile, Precision
+from export.golden import PREPROCESS, SAME, SOURCE, Tolerance
+from export.targets import SPECS
 from export.verify import FORMAT, MANIFEST, verify
 
 TEMPLATES = Path(__file__).parent / "templates" / "bundle"
@@ -52,7 +53,7 @@ class BundleConfig(Config):
     """What goes into a bundle.
 
     Attributes:
-        targets: the artifacts to include; none: all that were exported.
+        targets: the artifacts to include; none: all that were exported, without those of other people's quantizers.
         golden_images: how many images the self-test compares.
         tolerances: per precision, for expected outputs that the artifact computed itself. What is left out is `golden.SAME`.
         source_tolerances: for those from what an artifact was made from, where it could not run. Left out: `golden.SOURCE`.
@@ -129,7 +130,11 @@ def build_bundle(
 def choose(config: BundleConfig, artifacts: list[Artifact]) -> list[Artifact]:
     """The artifacts that go in, in the order of the config or of the export."""
     have = {a.target: a for a in artifacts}
-    wanted = config.targets if config.targets is not None else list(have)
+    foreign = [t for t, a in have.items() if any(not e.path.endswith((".onnx", ".engine")) for e in a.files)]
+    if config.targets is not None and (first := [t for t in config.targets if t in foreign]):
+        raise UserError(f"bundle.targets names {first[0]}, whose files are no single ONNX file or engine; leave it out.")
+    own = [t for t in have if t not in foreign and (t not in SPECS or SPECS[t].ours)]
+    wanted = config.targets if config.targets is not None else own
     if missing := [t for t in wanted if t not in have]:
         made = ", ".join(have) or "nothing"
         raise UserError(f"bundle.targets names {', '.join(missing)}, and export made {made}; add it to export's targets.")
@@ -223,7 +228,10 @@ def manifest(
 
 def described(artifact: Artifact, expected: dict[str, Json]) -> Json:
     """An artifact in the manifest."""
-    native = artifact.runtime != "onnxruntime"  # an engine is machine code: for this system and these GPUs only
+    native = artifact.runtime not in (
+        "onnxruntime",
+        "openvino",
+    )  # an engine is machine code: for this system and these GPUs only
     files = []
     for entry in artifact.files:
         path = f"artifacts/{artifact.target}/{entry.path}"
@@ -233,7 +241,7 @@ def described(artifact: Artifact, expected: dict[str, Json]) -> Json:
         }
         files.append({"path": path, "resolution": entry.resolution, **ports, "expected": expected[path]})
     # ONNX is opened by whatever onnxruntime is there; the version that computed the golden outputs is the one known to work.
-    runtime = {} if native else {"onnxruntime": onnxruntime.__version__}
+    runtime = {"onnxruntime": onnxruntime.__version__} if artifact.runtime == "onnxruntime" else {}
     same = artifact.model_dump(include={"target", "precision", "runtime", "dim", "patch", "opset", "max_batch"})
     where = {
         "runtime": artifact.runtime,
@@ -242,6 +250,8 @@ def described(artifact: Artifact, expected: dict[str, Json]) -> Json:
         "machines": [machine().lower()] * native,
         "compute_capabilities": artifact.compute_capabilities,
     }
+    if inside := artifact.details.get("openvino", {}).get("inference_precision"):
+        where["inference_precision"] = inside
     return {**same, "files": files, "compatibility": where}
 
 
@@ -307,7 +317,7 @@ def readme(student: str, artifacts: list[Artifact], report: bool) -> bytes:
         patch=artifacts[0].patch,
         report=report,
         artifacts=rows,
-        engines=any(a.runtime != "onnxruntime" for a in artifacts),
+        engines=any(a.runtime in ("tensorrt", "tensorrt_rtx") for a in artifacts),
     )
     return text.encode()
 

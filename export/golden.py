@@ -12,10 +12,10 @@ from distill.data.preprocess import to_rgb
 from distill.encoder import Encoder, TorchEncoder
 from distill.errors import GateFailed
 from export.artifact import Artifact, ArtifactFile, Unrunnable
+from export.artifact import Precision
 from export.runtimes import open_artifact
 
 GOLDEN_SIDE = 1024  # longer golden images are reduced: a bundle is no place for 50-megapixel photographs
-Precision = Literal["fp32", "fp16", "int8"]
 
 
 class Tolerance(Config):
@@ -34,13 +34,21 @@ class Tolerance(Config):
 SAME: dict[Precision, Tolerance] = {
     "fp32": Tolerance(cosine_min=0.9999, max_abs=0.02),
     "fp16": Tolerance(cosine_min=0.999, max_abs=0.1),
+    "bf16": Tolerance(cosine_min=0.995, max_abs=0.3),
     "int8": Tolerance(cosine_min=0.99, max_abs=1.0),
+    "fp8": Tolerance(cosine_min=0.99, max_abs=1.0),
+    "w8": Tolerance(cosine_min=0.999, max_abs=0.1),
+    "w4": Tolerance(cosine_min=0.999, max_abs=0.1),
 }
 # Against the artifact it was compiled from: the cosines are the parity gates of export.
 SOURCE: dict[Precision, Tolerance] = {
     "fp32": Tolerance(cosine_min=0.9999, max_abs=0.05),
     "fp16": Tolerance(cosine_min=0.999, max_abs=0.2),
+    "bf16": Tolerance(cosine_min=0.99, max_abs=0.5),
     "int8": Tolerance(cosine_min=0.98, max_abs=2.0),
+    "fp8": Tolerance(cosine_min=0.98, max_abs=2.0),
+    "w8": Tolerance(cosine_min=0.999, max_abs=0.2),
+    "w4": Tolerance(cosine_min=0.98, max_abs=2.0),
 }
 # Pillow's resize may round a grey level otherwise in another version; per-image normalisation of a dull image enlarges that.
 PREPROCESS = Tolerance(cosine_min=0.999, max_abs=0.1)

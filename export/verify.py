@@ -100,6 +100,7 @@ class Compatibility(Strict):
             or a later one.
         systems, machines: as Python's platform.system() and platform.machine() name them, in lower case.
         compute_capabilities: of NVIDIA GPUs, e.g. "8.6".
+        inference_precision: what OpenVINO is asked to compute floating-point operations in; None leaves it the choice.
     """
 
     runtime: str
@@ -107,6 +108,7 @@ class Compatibility(Strict):
     systems: Several[str]
     machines: Several[str]
     compute_capabilities: Several[str]
+    inference_precision: Literal["f32", "bf16"] | None = None
 
 
 class BundledArtifact(Strict):

@@ -58,18 +58,27 @@ class Data:
     def fingerprints(self, *roles: str) -> dict[str, str]:
         return {role: self.fingerprint(role) for role in roles}
 
-    def pictures(self, role: str, n: int) -> list[Image.Image]:
-        """Up to n readable RGB images, spread over the source: a set sorted by class gives a mixture. Of `train` without a test set."""
+    def pictures(self, role: str, n: int, avoid: int = 0) -> list[Image.Image]:
+        """Up to n readable RGB images, spread over the source: a set sorted by class gives a mixture. Of `train` without a test set.
+
+        Args:
+            avoid: give none of those that `pictures(role, avoid)` gives. A source that holds no others gives these again.
+        """
         from distill.data.sources import StreamingSource, checked
 
         source = self.train if getattr(self, role) is None else getattr(self, role)
         if isinstance(source, StreamingSource):
             stream = source.iterate(0)
-            return [next(stream) for _ in range(n)]
+            return [next(stream) for _ in range(avoid + n)][avoid:]
         good = checked(source) if len(source) <= CHECKED_AT_MOST else source
-        n = min(n, len(good))
-        return [good.image(i * len(good) // n) for i in range(n)]
+        taken = set(_spread(len(good), min(avoid, len(good))))
+        free = [i for i in range(len(good)) if i not in taken] if taken and len(taken) < len(good) else range(len(good))
+        return [good.image(free[i]) for i in _spread(len(free), min(n, len(free)))]
 
-    def tensors(self, role: str, n: int, preprocess: Preprocess) -> Tensor:
+    def tensors(self, role: str, n: int, preprocess: Preprocess, avoid: int = 0) -> Tensor:
         """`pictures`, preprocessed: [n, 3, size, size] float32."""
-        return torch.stack([torch.from_numpy(preprocess(p)) for p in self.pictures(role, n)])
+        return torch.stack([torch.from_numpy(preprocess(p)) for p in self.pictures(role, n, avoid)])
+
+
+def _spread(total: int, n: int) -> list[int]:
+    return [i * total // n for i in range(n)]

@@ -86,6 +86,16 @@ def trainings(r: Recipe, teacher: Shape | None) -> list[Training]:
             found.append(
                 Training(f"control/{name}", config, None, [_for(config.objectives, student.backbone, r.heads_of(name))])
             )
+    recoveries = {n: p.recovery for n, p in r.pruned.items()} | {n: q.train for n, q in r.qad.items()}
+    for name, recovery in recoveries.items():
+        if recovery is None:
+            continue
+        # Widths are known once it is cut: the network that it comes from is the most that it can be.
+        shape = students[list(r.students).index(r.student_of(name))]
+        found.append(Training(r.subjects()[name], recovery.training(r.distill), guide, [shape], guide is None))
+        if name in r.controls():
+            config = r.distill.model_copy(update={"images": r.seen_images(name), "cache": None})
+            found.append(Training(f"control/{name}", config, guide, [shape], guide is None))
     return found
 
 

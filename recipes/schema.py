@@ -1,30 +1,28 @@
 """The Recipe: each stage's own config class, composed, with the checks that need two of them at once."""
 
-import re
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from distill.config import Config
 from distill.data.loader import MasksConfig
 from distill.data.preprocess import Preprocess
 from distill.data.sources import SourceConfig
-from distill.errors import UserError
 from distill.evaluate.suite import EvaluateConfig
 from distill.models.backbone import BackboneConfig
 from distill.models.foreign import LoadConfig
 from distill.models.heads import HeadConfig
-from distill.models.kinds import AnyConfig, BackboneChoice, Demands, demands
-from distill.objectives import ObjectivesConfig
+from distill.models.kinds import AnyConfig, BackboneChoice
 from distill.runtime import RuntimeConfig
 from distill.train import TrainConfig
 from export.benchmark import BenchmarkConfig
 from export.bundle import BundleConfig
 from export.report import ReportConfig
-from export.targets import ExportConfig, in_order
+from export.targets import SPECS, ExportConfig, Target, in_order
+from recipes.checks import Problem, problems
+from recipes.derived import PrunedConfig, QadConfig
 
-Problem = tuple[str, str]
 Normalize = Literal["imagenet", "inception", "clip", "satellite", "per_image", "none"]
 
 
@@ -137,7 +135,12 @@ class StudentConfig(Config):
 
 
 class Recipe(Config):
-    """A whole run, from images to bundle. See the shipped recipes for commented examples."""
+    """A whole run, from images to bundle. See the shipped recipes for commented examples.
+
+    Attributes:
+        pruned: smaller models cut out of students; qad: models distilled with their quantization on. Both by name, which no student
+            may have; they are exported, measured and bundled like students.
+    """
 
     name: str
     seed: int = 0
@@ -146,6 +149,8 @@ class Recipe(Config):
     teacher: TeacherConfig
     students: dict[str, StudentConfig]
     distill: TrainConfig
+    pruned: dict[str, PrunedConfig] = Field(default_factory=dict)
+    qad: dict[str, QadConfig] = Field(default_factory=dict)
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = BenchmarkConfig()
@@ -158,6 +163,37 @@ class Recipe(Config):
         s = self.students[student]
         ibot = None if self.teacher.ibot_head is None else s.ibot_head or self.teacher.ibot_head
         return s.dino_head or self.teacher.dino_head, ibot
+
+    def subjects(self) -> dict[str, str]:
+        """Every model that ships, by name: `students/NAME`, `pruned/NAME`, `qad/NAME`, which is its folder in the run too."""
+        groups: dict[str, Iterable[str]] = {"students": self.students, "pruned": self.pruned, "qad": self.qad}
+        return {name: f"{group}/{name}" for group, models in groups.items() for name in models}
+
+    def student_of(self, name: str) -> str:
+        """The student that a derived model comes from in the end; a student's own name for itself."""
+        while name not in self.students:
+            name = (self.pruned.get(name) or self.qad[name]).of
+        return name
+
+    def controls(self) -> list[str]:
+        """Names of the models that have a control."""
+        return [n for n, s in self.students.items() if s.control] + [n for n, p in self.pruned.items() if p.control]
+
+    def targets_of(self, name: str) -> list[Target]:
+        """What is exported of a model, after its prerequisites; of one trained for a quantization only that, and what it is made from."""
+        asked = list(self.export.targets)
+        if name in self.qad:
+            asked = [t for t in asked if SPECS[t].precision == self.qad[name].weights and SPECS[t].ours]
+        return in_order(asked)
+
+    def seen_images(self, name: str) -> int:
+        """Images that a pruned model and those that it was cut from have seen in distillation."""
+        seen = self.distill.images
+        while name in self.pruned:
+            recovery = self.pruned[name].recovery
+            seen += 0 if recovery is None else recovery.images
+            name = self.pruned[name].of
+        return seen
 
     def resolutions(self) -> list[int]:
         return list(self.export.resolutions or [self.input.size])
@@ -182,256 +218,4 @@ class Recipe(Config):
         return training.model_copy(update={"objectives": objectives, "monitors": monitors})
 
     def problems(self) -> list[Problem]:
-        return [
-            *_own_problems(self, ""),
-            *self._names(),
-            *self._networks(),
-            *self._shapes(),
-            *self._heads(),
-            *self._objectives(),
-            *self._pieces(),
-        ]
-
-    def _pieces(self) -> Iterator[Problem]:
-        """Batches that are cut: into micro-batches, and into KoLeo's groups."""
-        micro = self.runtime.micro_batch
-        for section, one in [*((f"teacher.{n}", t) for n, t in self.teacher.trainings().items()), ("distill", self.distill)]:
-            group = one.objectives.koleo_group
-            if not one.objectives.koleo or section == "teacher.fit_heads":
-                continue
-            if micro is not None and micro < one.batch and group is None:
-                yield (
-                    "runtime.micro_batch",
-                    f"cuts batches, and KoLeo looks for neighbours in all of one: let {section}.objectives.koleo_group divide {micro}",
-                )
-            elif group is not None and (min(micro or one.batch, one.batch) % group or one.batch % group):
-                yield (
-                    f"{section}.objectives.koleo_group",
-                    f"{group} must divide the {min(micro or one.batch, one.batch)} images taken at once",
-                )
-
-    def _names(self) -> Iterator[Problem]:
-        # Names become folders; this rules out paths, hidden files and what Windows cannot store.
-        pattern = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
-        for path, name in [("name", self.name), *((f"students.{s}", s) for s in self.students)]:
-            if not re.fullmatch(pattern, name):
-                yield path, f"{name!r} names a folder: use letters, digits, - and _, beginning with a letter or digit"
-        if not self.students:
-            yield "students", "name at least one student"
-        if not 0 <= self.seed < 2**31:
-            yield "seed", f"must be at least 0 and below 2^31, got {self.seed}"
-        exported = set(in_order(list(self.export.targets)))
-        if missing := [t for t in self.bundle.targets or [] if t not in exported]:
-            yield "bundle.targets", f"{missing[0]} is not among export.targets"
-        if self.evaluate.seed < 0:
-            yield "evaluate.seed", f"must be at least 0, got {self.evaluate.seed}"
-        if self.input.size not in self.resolutions():
-            yield "export.resolutions", f"must contain input.size {self.input.size}: artifacts are compared with PyTorch there"
-
-    def _networks(self) -> Iterator[Problem]:
-        """What a network from elsewhere cannot do."""
-        for path, backbone in (
-            ("teacher.backbone", self.teacher.shape()),
-            *((f"students.{n}.backbone", s.backbone) for n, s in self.students.items()),
-        ):
-            if backbone is None or backbone.problems():
-                continue
-            try:
-                can = demands(backbone)
-            except UserError as e:
-                yield path, str(e).rstrip(".")
-                continue
-            name = getattr(backbone, "name", "")
-            if not can.exports and path.startswith("students."):
-                yield f"{path}.name", f"{name} cannot be exported: a student is ours or one of timm's plain Vision Transformers"
-            if not can.masks and path == "teacher.backbone":
-                for section, one in self.teacher.trainings().items():
-                    if one.mask_input:
-                        yield (
-                            f"teacher.{section}.mask_input",
-                            f"must be false, with objectives.ibot: 0: {name} cannot mask its input, only Vision Transformers can",
-                        )
-
-    def _shapes(self) -> Iterator[Problem]:
-        patches = {n: p for n, s in self.students.items() if (p := known_patch(s.backbone))}
-        yield from self._sizes(patches)
-        theirs = known_patch(self.teacher.shape())
-        others = [n for n, p in patches.items() if theirs and p != theirs]
-        if others and self.distill.masks is not None:
-            yield (
-                f"students.{others[0]}.backbone.patch",
-                f"is {patches[others[0]]}, the teacher's is {theirs}: masks are drawn on one grid, so distill.masks must be null",
-            )
-        if len(set(patches.values())) > 1 and (self.distill.masks is not None or self.distill.cache is not None):
-            yield (
-                "distill.masks" if self.distill.masks is not None else "distill.cache",
-                f"must be null: the students' patches differ ({sorted(set(patches.values()))}), and it holds one grid",
-            )
-
-    def _sizes(self, patches: dict[str, int]) -> Iterator[Problem]:
-        """Every size in pixels is a multiple of the patch that it meets."""
-        mine = known_patch(self.teacher.shape())
-        met: list[tuple[str, int, int | None]] = []
-        for patch in set(patches.values()):
-            met += [
-                ("input.size", self.input.size, patch),
-                *(("export.resolutions", r, patch) for r in self.export.resolutions or []),
-            ]
-            met += _crop_sizes("distill", self.distill, patch)
-        for name in ("train", "high_res"):
-            if name in self.teacher.trainings():
-                met += _crop_sizes(f"teacher.{name}", self.teacher.trainings()[name], mine)
-        seen = self.distill.crops.global_size
-        if self.distill.teacher_size is not None:
-            met.append(("distill.teacher_size", self.distill.teacher_size, mine))
-        elif not any(p > 0 and seen % p for p in patches.values()):  # else that is said already
-            met.append(("distill.teacher_size", seen, mine))
-        for path, size, side in met:
-            if side and (size % side or size < side):
-                yield (
-                    path,
-                    f"{size} px is not a multiple of the patch of {side} px; the nearest is {max(side, round(size / side) * side)}",
-                )
-
-    def _heads(self) -> Iterator[Problem]:
-        for name, student in self.students.items():
-            for kind in ("dino_head", "ibot_head"):
-                mine, theirs = getattr(student, kind), getattr(self.teacher, kind)
-                if mine is None:
-                    continue
-                if theirs is None:
-                    yield (
-                        f"students.{name}.{kind}",
-                        "the teacher shares one head (ibot_head: null), so a student has none of its own",
-                    )
-                elif mine.prototypes != theirs.prototypes:
-                    yield (
-                        f"students.{name}.{kind}.prototypes",
-                        f"is {mine.prototypes}, the teacher's is {theirs.prototypes}: they are compared one by one",
-                    )
-
-    def _objectives(self) -> Iterator[Problem]:
-        asked, training = self.distill.objectives, self.teacher.train
-        if self.distill.mask_input:
-            yield "distill.mask_input", "must be false: distillation shows the student whole crops (DINOv2, section 5)"
-        for name, student in self.students.items():
-            if student.backbone.drop_path:
-                yield (
-                    f"students.{name}.backbone.drop_path",
-                    "must be 0: distillation removes stochastic depth (DINOv2, section 5)",
-                )
-        for name, one in self.teacher.trainings().items():
-            if one.objectives.match is not None:
-                yield (
-                    f"teacher.{name}.objectives.match",
-                    "must be null: there is no other model whose features could be matched",
-                )
-            if one.cache is not None:
-                yield (
-                    f"teacher.{name}.cache",
-                    "must be null: targets of a teacher that is still learning are never the same twice",
-                )
-        if self.teacher.load is not None:
-            yield from self._loaded(asked)
-        controlled = [name for name, student in self.students.items() if student.control]
-        if training is None:
-            return
-        for name, one in self.teacher.trainings().items():
-            if one.objectives.ibot and not one.mask_input and name != "fit_heads":
-                yield (
-                    f"teacher.{name}.mask_input",
-                    "must be true while objectives.ibot is above 0: without masks the student only copies its own average",
-                )
-        if self.teacher.high_res is not None:
-            yield from self._high_res(training, self.teacher.high_res)
-        for kind, head in (
-            ("ibot", self.teacher.ibot_head),
-            ("dino", self.teacher.dino_head if self.teacher.ibot_head else None),
-        ):
-            trains, teaches = (getattr(o, kind) for o in (training.objectives, asked))
-            if head is not None and teaches and not trains:
-                yield (
-                    f"distill.objectives.{kind}",
-                    f"must be 0 while teacher.train.objectives.{kind} is: that head was never trained",
-                )
-        patch = known_patch(self.teacher.shape())
-        if training.objectives.ibot and training.masks is not None and patch:
-            patches = (training.crops.global_size // patch) ** 2
-            if int(2 * training.batch * training.masks.probability) < 1 or int(patches * training.masks.ratio[1]) < 1:
-                yield "teacher.train.masks", f"mask nothing of {patches} patches, but objectives.ibot is above 0"
-        if controlled and self.control_training().objectives.ibot and not self.control_training().mask_input:
-            yield (
-                f"students.{controlled[0]}.control",
-                "needs teacher.train.masks and mask_input while distill.objectives.ibot is above 0: the control is masked like the teacher",
-            )
-
-    def _high_res(self, before: TrainConfig, after: TrainConfig) -> Iterator[Problem]:
-        """What goes on must have been there, at less resolution."""
-        if after.crops.global_size <= before.crops.global_size:
-            yield (
-                "teacher.high_res.crops.global_size",
-                f"{after.crops.global_size} px is no more than the {before.crops.global_size} px of teacher.train",
-            )
-        for kind in ("dino", "ibot") if self.teacher.ibot_head is not None else ():  # a shared head is trained by either
-            if getattr(after.objectives, kind) and not getattr(before.objectives, kind):
-                yield (
-                    f"teacher.high_res.objectives.{kind}",
-                    f"must be 0 while teacher.train.objectives.{kind} is: that head is not trained",
-                )
-
-    def _loaded(self, asked: ObjectivesConfig) -> Iterator[Problem]:
-        """What a teacher from elsewhere asks for."""
-        load, fit = self.teacher.load, self.teacher.fit_heads
-        assert load is not None
-        if load.kind in ("timm", "transformers") and load.heads is None and fit is None and asked.needs_heads():
-            yield (
-                "teacher.load",
-                f"{load.kind} models come without heads, which objectives dino and ibot need: either set distill.objectives to "
-                "{dino: 0, ibot: 0, match: {}} (feature matching), or give teacher.fit_heads a training",
-            )
-        if fit is not None:
-            for kind in ("dino", "ibot"):
-                shared = kind == "ibot" and self.teacher.ibot_head is None
-                if getattr(asked, kind) and not getattr(fit.objectives, kind) and not shared:
-                    yield (
-                        f"distill.objectives.{kind}",
-                        f"must be 0 while teacher.fit_heads.objectives.{kind} is: that head is not fitted",
-                    )
-
-
-def known_patch(backbone: AnyConfig | None) -> int | None:
-    """Of which sizes in pixels must be multiples; None where there is no such rule, or only the network itself knows."""
-    return None if (asks := known_demands(backbone)) is None else asks.patch
-
-
-def known_demands(backbone: AnyConfig | None) -> Demands | None:
-    """What a backbone asks for; None where a file says what it is, or nothing can (which `_networks` reports)."""
-    try:
-        return None if backbone is None else demands(backbone)
-    except UserError:
-        return None
-
-
-def _crop_sizes(section: str, training: TrainConfig, patch: int | None) -> list[tuple[str, int, int | None]]:
-    found = [(f"{section}.crops.global_size", training.crops.global_size, patch)]
-    return found + ([(f"{section}.crops.local_size", training.crops.local_size, patch)] if training.crops.local_count else [])
-
-
-def _own_problems(value: Any, path: str) -> Iterator[Problem]:
-    """What each nested config says about itself, with its dotted path."""
-    if isinstance(value, BaseModel):
-        if path and hasattr(value, "problems"):
-            yield from ((_blamed(value, path, sentence), sentence) for sentence in value.problems())
-        children = [(name, getattr(value, name)) for name in type(value).model_fields]
-    elif isinstance(value, dict):
-        children = list(value.items())
-    else:
-        return
-    for name, child in children:
-        yield from _own_problems(child, f"{path}.{name}" if path else str(name))
-
-
-def _blamed(value: BaseModel, path: str, sentence: str) -> str:
-    """The dotted path of the setting that a sentence begins with, so that its line can be shown; else the section's."""
-    first = sentence.split(maxsplit=1)[0].rstrip(",:")
-    return f"{path}.{first}" if first in type(value).model_fields else path
+        return problems(self)

@@ -4,6 +4,7 @@ Every function here returns `work(folder, progress)`; nothing is computed before
 """
 
 import platform
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from distill.models.checkpoints import load_backbone, load_preprocess, model_inf
 from distill.models.kinds import make_backbone, read_config
 from distill.progress import Progress
 from distill.rows import Row, not_measured, read_rows, write_rows
+from export.targets import Target, at_resolution
 from recipes.data import Data
 from recipes.schema import Recipe
 from recipes.work import Work, student_seed
@@ -31,48 +33,64 @@ def torch_encoder(model: Path, threads: int | None = None) -> Encoder:
     return TorchEncoder(load_backbone(model))
 
 
-def export(r: Recipe, data: Data, run: Path, student: str, target: str) -> Work:
-    def work(folder: Path, progress: Progress) -> None:
-        from export.targets import at_resolution, build_target, prerequisites
+def export(r: Recipe, data: Data, run: Path, name: str, target: Target) -> Work:
+    """One target of one model. A budget that is not met is a failed gate: the best artifact found lies there all the same."""
+    subject = r.subjects()[name]
 
-        sources = {t: run / "export" / student / t for t in prerequisites(target)}
-        artifact = build_target(
-            target,  # type: ignore[arg-type]
-            r.export,
-            student,
-            run / "students" / student,
-            sources,
-            lambda size: data.tensors("train", r.export.quantize.images, at_resolution(r.input.preprocess(), size)),
-            folder,
-            progress,
+    def work(folder: Path, progress: Progress) -> None:
+        from export.targets import Images, build_target, prerequisites
+
+        sources: dict[str, Path] = {t: run / "export" / name / t for t in prerequisites(target)}
+        seen = r.input.preprocess()
+        images = Images(
+            lambda n, size: data.tensors("train", n, at_resolution(seen, size)),
+            lambda n, size, avoid: data.tensors("train", n, at_resolution(seen, size), avoid),
+            heldout_accuracy(r, data),
         )
+        artifact = build_target(target, r.export, name, run / subject, sources, images, folder, progress)
         if not artifact.runnable_here:
-            progress.say(f"export: {target} of {student} is compiled but cannot run here: {artifact.reason}.")
+            progress.say(f"export: {target} of {name} is compiled but cannot run here: {artifact.reason}.")
         built = Row(
             metric="build_s",
             value=artifact.build_seconds,
             n=1,
-            subject=f"students/{student}",
+            subject=subject,
             target=target,
             conditions={"device": platform.machine(), "versions": artifact.versions},
         )
         write_rows(folder / "rows.jsonl", [built])
+        if failure := artifact.details.get("budget_failure"):
+            raise GateFailed(failure)
 
     return work
 
 
-def unmeasured(student: str, target: str, reason: str) -> list[Row]:
+def heldout_accuracy(r: Recipe, data: Data) -> Callable[..., Any] | None:
+    """What makes the measure of points lost inside the labelled gallery; None where the budget asks for none, or there are no labels."""
+    budget = r.export.quantize.budget
+    if budget is None or not budget.asks_accuracy():
+        return None
+
+    def loss(size: int, reference: Encoder, sha256: str, folder: Path, progress: Progress) -> Any:
+        from export.budget_measures import GalleryLoss
+
+        preprocess = at_resolution(r.input.preprocess(), size)
+        return GalleryLoss(budget, r.evaluate, data.gallery, preprocess, reference, progress, sha256, folder)
+
+    return loss
+
+
+def unmeasured(subject: str, target: str, reason: str) -> list[Row]:
     """The rows of a target that could not be built here."""
     metrics = ("knn_top1", "linear_top1", "cosine_min", "latency_p50_ms", "images_per_s", "size_mb")
-    return [not_measured(m, f"students/{student}", target, reason) for m in metrics]
+    return [not_measured(m, subject, target, reason) for m in metrics]
 
 
-def artifacts_of(r: Recipe, run: Path, student: str) -> list[Any]:
+def artifacts_of(r: Recipe, run: Path, name: str) -> list[Any]:
     """The artifacts of the recipe's targets that could be made here (folders of earlier recipes may lie beside them)."""
     from export.artifact import NAME, read_artifact
-    from export.targets import in_order
 
-    folders = [run / "export" / student / target for target in in_order(r.export.targets)]
+    folders = [run / "export" / name / target for target in r.targets_of(name)]
     return [read_artifact(f) for f in folders if (f / NAME).exists()]
 
 
@@ -85,8 +103,8 @@ def parity(r: Recipe, data: Data, run: Path) -> Work:
         from export.runtimes import open_artifact
 
         rows: list[Row] = []
-        for student in r.students:
-            in_torch = torch_encoder(run / "students" / student)
+        for student, subject in r.subjects().items():
+            in_torch = torch_encoder(run / subject)
             for artifact in artifacts_of(r, run, student):
                 for entry in artifact.files:
                     reference: Encoder = in_torch
@@ -98,7 +116,7 @@ def parity(r: Recipe, data: Data, run: Path) -> Work:
                             reference = in_torch
                     label = artifact.source if reference is not in_torch else "torch-fp32"
                     images = data.tensors("test", PARITY_IMAGES, Preprocess.from_json(entry.preprocess))
-                    rows += artifact_parity(reference, artifact, images, f"students/{student}", label, entry.resolution)
+                    rows += artifact_parity(reference, artifact, images, subject, label, entry.resolution)
         write_rows(folder / "rows.jsonl", rows)
         if failed := failed_gates(rows, r.export.gates):
             raise GateFailed("\n".join(failed))
@@ -122,6 +140,11 @@ def evaluate(r: Recipe, data: Data, run: Path) -> Work:
         write_rows(folder / "rows.jsonl", result.rows + paired_rows(result.predictions, _pairs(r, run)))
 
     return work
+
+
+def last_cut(folder: Path) -> Path:
+    """The model of the last round of pruning as it was before its recovery."""
+    return max(folder.glob("round-*/cut"), key=lambda p: int(p.parent.name.removeprefix("round-")))
 
 
 def _yardsticks(r: Recipe, run: Path) -> list[Any]:
@@ -151,8 +174,9 @@ def _yardsticks(r: Recipe, run: Path) -> list[Any]:
 def _models(r: Recipe, run: Path) -> list[Any]:
     from distill.evaluate.suite import Subject
 
-    folders = {"teacher": run / "teacher"} | {f"students/{n}": run / "students" / n for n in r.students}
-    folders |= {f"control/{n}": run / "control" / n for n, s in r.students.items() if s.control}
+    folders = {"teacher": run / "teacher"} | {subject: run / subject for subject in r.subjects().values()}
+    folders |= {f"cut/{n}": last_cut(run / "pruned" / n) for n, p in r.pruned.items() if p.recovery is not None}
+    folders |= {f"control/{n}": run / "control" / n for n in r.controls()}
     return [
         Subject(
             subject,
@@ -171,13 +195,13 @@ def _artifacts(r: Recipe, run: Path) -> list[Any]:
 
     return [
         Subject(
-            f"students/{student}",
+            subject,
             artifact.target,
             partial(open_artifact, artifact, entry.resolution),
             Preprocess.from_json(entry.preprocess),
             entry.sha256,
         )
-        for student in r.students
+        for student, subject in r.subjects().items()
         for artifact in artifacts_of(r, run, student)
         for entry in artifact.files
     ]
@@ -187,12 +211,21 @@ def _pairs(r: Recipe, run: Path) -> list[tuple[str, str]]:
     """What the report compares: trained with untrained, teacher with pixels, distilled with control, artifact with PyTorch."""
     found = [("teacher/torch-fp32", "random/teacher/torch-fp32"), ("teacher/torch-fp32", "raw/pixels")]
     found.append(("teacher/torch-fp32", "raw/pixels-joint"))
-    for name, student in r.students.items():
-        mine = f"students/{name}/torch-fp32"
-        found += [(mine, f"random/{name}/torch-fp32"), (mine, "teacher/torch-fp32")]
-        found += [(mine, f"control/{name}/torch-fp32")] if student.control else []
-        runnable = [a for a in artifacts_of(r, run, name) if a.runtime == "onnxruntime"]
-        found += [(f"students/{name}/{a.target}", mine) for a in runnable]
+    for name, subject in r.subjects().items():
+        mine = f"{subject}/torch-fp32"
+        found += [(mine, f"random/{name}/torch-fp32")] if name in r.students else []
+        found.append((mine, "teacher/torch-fp32"))
+        if name not in r.students:
+            found.append((mine, f"{r.subjects()[(r.pruned.get(name) or r.qad[name]).of]}/torch-fp32"))
+        if name in r.pruned and r.pruned[name].recovery is not None:
+            found.append((mine, f"cut/{name}/torch-fp32"))
+        found += [(mine, f"control/{name}/torch-fp32")] if name in r.controls() else []
+        runnable = [a for a in artifacts_of(r, run, name) if a.runtime in ("onnxruntime", "openvino")]
+        found += [(f"{subject}/{a.target}", mine) for a in runnable]
+        if name in r.qad:  # what training with quantization gained over quantizing afterwards
+            of = r.qad[name].of
+            there = {a.target for a in artifacts_of(r, run, of)}
+            found += [(f"{subject}/{a.target}", f"{r.subjects()[of]}/{a.target}") for a in runnable if a.target in there]
     return found
 
 
@@ -204,10 +237,7 @@ def benchmark(r: Recipe, run: Path) -> Work:
         from export.runtimes import open_artifact
 
         cases = []
-        for subject, model in {
-            "teacher": run / "teacher",
-            **{f"students/{n}": run / "students" / n for n in r.students},
-        }.items():
+        for subject, model in {"teacher": run / "teacher", **{s: run / s for s in r.subjects().values()}}.items():
             cases.append(
                 Case(
                     subject,
@@ -218,11 +248,11 @@ def benchmark(r: Recipe, run: Path) -> Work:
                     preprocess=load_preprocess(model),
                 )
             )
-        for student in r.students:
+        for student, subject in r.subjects().items():
             for artifact in artifacts_of(r, run, student):
                 cases += [
                     Case(
-                        f"students/{student}",
+                        subject,
                         artifact.target,
                         entry.resolution,
                         partial(open_artifact, artifact, entry.resolution),
@@ -244,11 +274,11 @@ def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
         from export.report import write_report
 
         rows = read_rows(run / "rows.jsonl")
-        models = {"teacher": run / "teacher"} | {f"students/{n}": run / "students" / n for n in r.students}
+        models = {"teacher": run / "teacher"} | {s: run / s for s in r.subjects().values()}
         encoders = {name: torch_encoder(path) for name, path in models.items()}
         pictures = data.pictures("test", STRIP_IMAGES)
         strip = pca_strip(pictures, encoders, {name: load_preprocess(path) for name, path in models.items()})
-        controls = [f"control/{n}" for n, s in r.students.items() if s.control]
+        controls = [f"control/{n}" for n in r.controls()]
         write_report(run, folder, rows, r.report, strip=strip, models=[*models, *controls], stages=stages)
 
     return work
@@ -263,8 +293,8 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
             "train": {"name": data.train.name, "fingerprint": data.train.fingerprint()},
             "recipe": (run / "recipe.yaml").read_text(encoding="utf-8"),
         }
-        for student in r.students:
-            model = run / "students" / student
+        for student, subject in r.subjects().items():
+            model = run / subject
             build_bundle(
                 r.bundle,
                 student,

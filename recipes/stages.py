@@ -7,8 +7,8 @@ from pathlib import Path
 from distill.errors import UserError
 from distill.files import sha256_file, sha256_json
 from distill.models.foreign import LoadConfig, files_of
-from export.targets import in_order, prerequisites
-from recipes import shipping, work
+from export.targets import SPECS, Target, prerequisites
+from recipes import compress, shipping, work
 from recipes.data import Data
 from recipes.marks import Stage
 from recipes.schema import Recipe
@@ -50,7 +50,8 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
                     together=True,
                 )
             )
-    exports = [stage for name in r.students for stage in _exports(r, data, run, name)]
+    stages += _derived(r, data, run, settings, train, teacher)
+    exports = [stage for name in r.subjects() for stage in _exports(r, data, run, name)]
     models = tuple(s.name for s in stages)
     judged = (*models, *(s.name for s in exports))
     stages += exports
@@ -59,7 +60,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             name="parity",
             folder=Path("parity"),
             config={"gates": r.export.gates.model_dump(), "resolutions": r.resolutions()},
-            inputs=("distill", *(s.name for s in exports)),
+            inputs=(*_shipped(r), *(s.name for s in exports)),
             data=data.fingerprints("test", "train"),
             work=shipping.parity(r, data, run),
         ),
@@ -94,7 +95,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             name="bundle",
             folder=Path("bundles"),
             config={"bundle": r.bundle.model_dump()},
-            inputs=(teacher, "distill", "report", *(s.name for s in exports)),
+            inputs=(teacher, *_shipped(r), "report", *(s.name for s in exports)),
             data=data.fingerprints("test", "train"),
             work=shipping.bundles(r, data, run),
             needs_gates=True,
@@ -151,14 +152,63 @@ def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:
             name=f"export/{student}/{target}",
             folder=Path("export") / student / target,
             config={"target": target, "export": settings, "resolutions": r.resolutions(), "input": r.input.model_dump()},
-            inputs=("distill", *(f"export/{student}/{t}" for t in prerequisites(target))),
-            data={"train": data.fingerprint("train")},
+            inputs=(_stage_of(r, student), *(f"export/{student}/{t}" for t in prerequisites(target))),
+            data=_export_data(r, data, target),
             work=shipping.export(r, data, run, student, target),
-            optional=not target.startswith("onnx"),
-            rows_if_skipped=partial(shipping.unmeasured, student, target),
+            optional=not SPECS[target].always,
+            rows_if_skipped=partial(shipping.unmeasured, r.subjects()[student], target),
         )
-        for target in in_order(r.export.targets)
+        for target in r.targets_of(student)
     ]
+
+
+def _export_data(r: Recipe, data: Data, target: Target) -> dict[str, str]:
+    """Calibration reads training images; a search for a budget in points of accuracy reads the labelled gallery too."""
+    budget = r.export.quantize.budget
+    labelled = SPECS[target].searches and budget is not None and budget.asks_accuracy() and r.data.test is not None
+    return data.fingerprints("train", "gallery") if labelled else data.fingerprints("train")
+
+
+def _derived(r: Recipe, data: Data, run: Path, settings: dict, train: dict, teacher: str) -> list[Stage]:
+    """Pruned models, their controls, and models trained for quantization, each after the one that it comes from."""
+    own = settings | {"distill": r.distill.model_dump(), "input": r.input.model_dump()}
+    stages = []
+    for name in in_line(r):
+        model = r.pruned[name] if name in r.pruned else r.qad[name]
+        subject, before = r.subjects()[name], _stage_of(r, model.of)
+        config = own | {"model": model.model_dump(exclude={"control"})}
+        if name in r.qad:
+            config |= {"quantize": r.export.quantize.model_dump(exclude={"budget"})}
+        work_of = compress.pruned if name in r.pruned else compress.qad
+        stages.append(
+            Stage(subject, Path(subject), config, work_of(r, data, run, name), (teacher, before), data=train, together=True)
+        )
+        if name in r.pruned and r.pruned[name].control:
+            folder, doing = Path("control") / name, compress.pruned_control(r, data, run, name)
+            seen = own | {"images": r.seen_images(name)}
+            stages.append(Stage(str(folder), folder, seen, doing, (teacher, subject), data=train, together=True))
+    return stages
+
+
+def in_line(r: Recipe) -> list[str]:
+    """Names of derived models, each after the one that it comes from."""
+    found: list[str] = []
+    waiting = [*r.pruned, *r.qad]
+    while waiting:
+        ready = [n for n in waiting if (r.pruned.get(n) or r.qad[n]).of not in waiting]
+        found += ready
+        waiting = [n for n in waiting if n not in ready]
+    return found
+
+
+def _stage_of(r: Recipe, name: str) -> str:
+    """The stage that trains a model: all students are one stage's work."""
+    return "distill" if name in r.students else r.subjects()[name]
+
+
+def _shipped(r: Recipe) -> list[str]:
+    """The stages that train what ships."""
+    return list(dict.fromkeys(_stage_of(r, name) for name in r.subjects()))
 
 
 def _students(r: Recipe) -> dict:

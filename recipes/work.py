@@ -29,6 +29,7 @@ from distill.runtime import uses_bf16
 from distill.sharding import load_sharded
 from distill.targets_cache import TargetsCache
 from distill.train import TrainConfig, train
+from distill.training_state import AfterStep
 from recipes.data import Data
 from recipes.schema import Recipe
 
@@ -263,11 +264,15 @@ def refuse_other_heads(r: Recipe, teacher: HeadedBackbone) -> None:
                 )
 
 
-def targets_cache(r: Recipe, data: Data, run: Path) -> TargetsCache:
-    """The cache of this recipe's teacher targets, in a folder beside those of the stages: it outlives changes of the students."""
+def targets_cache(r: Recipe, data: Data, run: Path, training: TrainConfig | None = None) -> TargetsCache:
+    """The cache of this recipe's teacher targets, in a folder beside those of the stages: it outlives changes of the students.
+
+    Args:
+        training: the distillation's by default; a recovery sees the same crops, so it reads what distillation kept.
+    """
     from accelerate import PartialState
 
-    training, state = r.distill, PartialState()
+    training, state = training or r.distill, PartialState()
     assert training.cache is not None
     asked, teacher = training.objectives, run / "teacher"
     about = model_info(teacher)
@@ -319,11 +324,13 @@ def run_training(
     teacher_normalize: str | None = None,
     normalize: str | None = None,
     cache: TargetsCache | None = None,
+    after_step: AfterStep | None = None,
 ) -> dict[str, HeadedBackbone]:
     """`train` with what a recipe says, after a look at data and memory.
 
     Args:
         normalize: of the students' crops, where it is not the recipe's.
+        after_step: as `train` takes it.
     """
     from accelerate import PartialState
 
@@ -348,6 +355,7 @@ def run_training(
         teacher_normalize=teacher_normalize,
         cache=cache,
         subjects=subjects,
+        after_step=after_step,
     )
     if said := skipped_summary(data.train):
         progress.say(f"{title}: {said}", warning=True)

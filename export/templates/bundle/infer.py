@@ -83,7 +83,8 @@ class Model:
         self.preprocessing = load("preprocess")
         settings = read_json("preprocess.json")["resolutions"][str(file["resolution"])]
         self.preprocess = self.preprocessing.Preprocess.from_json(settings)
-        opened = {"onnxruntime": OnnxFile, "openvino": OpenVinoFile}.get(artifact["runtime"], EngineFile)
+        runtime = artifact["runtime"]
+        opened = OnnxFile if runtime == "onnxruntime" else OpenVinoFile if runtime == "openvino" else EngineFile
         self.opened = opened(HERE / file["path"], artifact, file, threads)
 
     def __call__(self, images):

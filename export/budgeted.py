@@ -1,0 +1,75 @@
+"""The accuracy budget's search, composed for an export: which layers of this student stay in floating point."""
+
+from pathlib import Path
+
+from distill.files import sha256_file, write_bytes
+from export.artifact import Artifact, ArtifactFile
+from export.benchmark import BenchmarkConfig
+from export.budget import LEDGER, BudgetResult, Kept, Ledger, search, sensitivity
+from export.budget_measures import Candidate, GalleryLoss, Measures, add_latency
+from export.calibration import Calibration
+from export.graph import load_graph, serialize
+from export.plan import plan_graph
+from export.quantize import QuantizeConfig, quantize
+from export.runtimes import OnnxEncoder, open_artifact
+from export.targets import Job
+
+TIMING = BenchmarkConfig(batches=[1], seconds=1.0, rounds=10, warmup_seconds=0.5)
+
+
+def search_kept(
+    job: Job, source: Artifact, entry: ArtifactFile, calibration: Calibration, settings: QuantizeConfig
+) -> BudgetResult:
+    """Search on the artifact itself, quantized with one calibration and more or fewer layers kept; the measurements lie in `job.out`."""
+    budget = settings.budget
+    assert budget is not None
+    path, precision = source.path(entry), job.spec.precision
+    graph = load_graph(path)
+    plan = [e for e in plan_graph(graph, settings, precision) if e.decision == precision]
+    layers = {e.layer: e.mflops for e in plan}
+
+    def make(kept: Kept) -> Candidate:
+        return _candidate(job, entry, _bytes(path, calibration, settings, precision, kept))
+
+    reference = open_artifact(source, entry.resolution)
+    images = job.images.held_out(budget.images, entry.resolution, settings.images)
+    loss: GalleryLoss | None = None
+    if job.images.accuracy is not None and budget.asks_accuracy():
+        loss = job.images.accuracy(entry.resolution, reference, entry.sha256, job.out / "features", job.progress)
+    measures = Measures(budget, make, reference, images, loss)
+    identity = {
+        "source": sha256_file(path),
+        "settings": settings.model_dump(),
+        "precision": precision,
+        "calibration": calibration.to_json(),
+        "accuracy": loss.about() if loss is not None else None,
+    }
+    ledger = Ledger(job.out / LEDGER, identity)
+    title = f"{job.target} of {job.student}"
+    found = sensitivity(
+        layers, measures.cosine, Ledger(job.out / "sensitivity.jsonl", identity), job.progress, f"{title}: sensitivity"
+    )
+    result = search(budget, found, measures, ledger, job.progress, f"{title}: budget")
+    return add_latency(result, make, entry.resolution, TIMING)
+
+
+def _bytes(path: Path, calibration: Calibration, settings: QuantizeConfig, precision: str, kept: Kept) -> bytes:
+    with_kept = settings.model_copy(update={"keep": [*settings.keep, *sorted(kept)]})
+    return serialize(quantize(load_graph(path), calibration, with_kept, precision)[0])
+
+
+def _candidate(job: Job, entry: ArtifactFile, data: bytes) -> Candidate:
+    """The graph on the runtime of its target, from a file that is no artifact of the run."""
+    path = job.out / f".candidate_{entry.resolution}.onnx"
+    write_bytes(path, data)
+    try:
+        described = entry.model_copy(update={"path": path.name.lstrip("."), "sha256": sha256_file(path), "bytes": len(data)})
+        path.rename(job.out / described.path)
+        path = job.out / described.path
+        artifact = Artifact(
+            student=job.student, target=job.target, precision=job.spec.precision, runtime="onnxruntime", files=[described],
+            source="onnx-fp32", dim=1, patch=1, opset=0, max_batch=job.config.max_batch, build_seconds=0.0, folder=job.out,
+        )  # fmt: skip
+        return Candidate(OnnxEncoder(artifact, described), len(data))
+    finally:
+        path.unlink(missing_ok=True)
