@@ -1,0 +1,95 @@
+"""The settings of quantization, and what a quantized number can be (the grid of a precision)."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import ml_dtypes
+import numpy as np
+
+from distill.config import Config
+from export.budget import BudgetConfig
+
+Calibrator = Literal["minmax", "percentile", "mse", "l3", "entropy"]
+QuantizedPrecision = Literal["int8", "fp8", "w8", "w4"]
+QUANTIZED: tuple[str, ...] = get_args(QuantizedPrecision)
+
+
+class QuantizeConfig(Config):
+    """How quantized artifacts (int8, fp8, w8, w4) are made.
+
+    Attributes:
+        calibration: how an activation's clipping point is chosen: `minmax` (its largest magnitude), `percentile` (of its
+            magnitudes), `mse` or `l3` (the point with the least squared or cubed rounding and clipping error), `entropy`
+            (the least Kullback-Leibler divergence of the quantized histogram, as TensorRT's calibrator).
+        percentile: of magnitudes kept by `percentile`.
+        images: how many training images calibrate.
+        smooth: SmoothQuant's alpha (arXiv 2211.10438, equation 4): how much of the activations' spread over channels moves
+            into the weights; "search" tries several per layer and keeps the one with the least output error; null: none.
+            Costs nothing at run time: the factors are folded into the LayerNorm or the Linear layer that makes the activation.
+        offset: inputs that are nearly never negative (what comes out of GELU) are moved by a constant before they are quantized,
+            and the bias makes up for it: symmetric codes would leave half of their range unused (int8).
+        bias_correction: each quantized layer's mean output error on the calibration images is taken off its bias
+            (arXiv 1906.04721, section 4.2), layer after layer, so that what earlier layers did is corrected too.
+        weights: a weight channel's clipping point: `minmax`, or `mse` (the least squared error).
+        rounding: `nearest`, or `compensated`: weights are re-fitted to the quantized inputs and rounded one input channel at a
+            time, each error made good by the channels still to come (GPTQ, arXiv 2210.17323, with the inputs' own error as in
+            arXiv 2504.02692).
+        attention: quantize both inputs of the attention products QK^T and AV too (int8, fp8).
+        patch_embed: quantize the patch embedding's convolution too; often the most sensitive layer.
+        keep: layers to keep in floating point, by name or pattern, e.g. ["blocks.0.*", "blocks.11.mlp.fc2"].
+        block: w4's weights share a scale along this many input channels.
+        budget: how little accuracy may be lost; the fewest layers that keep it stay in floating point.
+    """
+
+    calibration: Calibrator = "l3"
+    percentile: float = 99.99
+    images: int = 256
+    smooth: float | Literal["search"] | None = None
+    offset: bool = True
+    bias_correction: bool = False
+    weights: Literal["minmax", "mse"] = "minmax"
+    rounding: Literal["nearest", "compensated"] = "nearest"
+    attention: bool = False
+    patch_embed: bool = False
+    keep: list[str] = []  # noqa: RUF012  pydantic copies it
+    block: int = 32
+    budget: BudgetConfig | None = None
+
+    def problems(self) -> list[str]:
+        found = []
+        if not 50 < self.percentile <= 100:
+            found.append(f"percentile must be above 50 and at most 100, got {self.percentile}")
+        if self.images < 1:
+            found.append(f"images must be at least 1, got {self.images}")
+        if isinstance(self.smooth, float) and not 0 < self.smooth < 1:
+            found.append(f"smooth must be above 0 and below 1, or search, or null, got {self.smooth}")
+        if self.block < 16 or self.block & (self.block - 1):
+            found.append(f"block must be a power of two and at least 16, got {self.block}")
+        return found
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that a code of `bits` bits stands for, before its scale: integers from low to high, or E4M3 floats."""
+
+    name: Literal["int8", "int4", "fp8"]
+    low: float
+    high: float
+
+    def round(self, values: np.ndarray) -> np.ndarray:
+        """The nearest values of the grid, saturating; the type of `values` stays."""
+        clipped = np.clip(values, self.low, self.high)
+        if self.name == "fp8":
+            return clipped.astype(ml_dtypes.float8_e4m3fn).astype(values.dtype)
+        return np.rint(clipped, out=clipped)
+
+    def fake(self, values: np.ndarray, scale: np.ndarray | float) -> np.ndarray:
+        """Quantized and dequantized: scale * round(values / scale)."""
+        return self.round(values / scale) * scale
+
+
+INT8 = Grid("int8", -127, 127)  # without -128: symmetric, so that -x quantizes to minus what x does
+INT4 = Grid("int4", -7, 7)
+FP8 = Grid("fp8", -448, 448)  # E4M3 without infinities; beyond 448 a cast gives NaN, hence the clip
+ACTIVATION_GRID = {"int8": INT8, "fp8": FP8}  # w8 and w4 leave activations alone
+WEIGHT_GRID = {"int8": INT8, "fp8": FP8, "w8": INT8, "w4": INT4}
