@@ -1,8 +1,9 @@
 """Attention in an ONNX graph: QK^T, softmax, AV as separate nodes (or one Attention op), and whether one fused kernel can run it.
 
-TensorRT's rule (its documentation, "Fused Attention"): two batched products around a softmax over the last axis, Q or K multiplied by
-the scale (or each by its root) *before* the first product, and only a mask in between. Whatever else stands there keeps the
-[B, heads, N, N] scores in memory.
+TensorRT's documentation ("Fused Attention") asks for two batched products around a softmax over the last axis, Q or K multiplied by the
+scale (or each by its root) before the first product, and at most a mask in between. What TensorRT-RTX 1.7 fuses was found by compiling
+variants: simple arithmetic in between is taken, also a late scale; activations, transposes, another axis, a softmax that is spelt
+out, anything but a number times the probabilities, and scores that somebody else reads are not. Nothing is fused in FLOAT.
 
 Shape legend: B batch, N tokens, h width of a head.
 """
@@ -15,9 +16,9 @@ from onnx import NodeProto
 from export.anatomy import DEQUANTIZE, LAYOUT, QUANTIZE, Anatomy, label
 
 FUSED_OPS = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "PackedMultiHeadAttention"}
-MASKS = {"Add", "Where"}
 SCALES = {"Mul", "Div"}
-HARMLESS = {"Cast", "Identity", "Dropout", *QUANTIZE, *DEQUANTIZE}
+HARMLESS = {"Cast", "Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze", *QUANTIZE, *DEQUANTIZE}
+ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Where", "Max", "Min", "Clip", "Abs", "Neg"}  # masks and scales among them
 DEPTH = 10
 
 
@@ -41,7 +42,7 @@ class AttentionBlock:
 
     @property
     def fusable(self) -> bool:
-        return self.problem is None and self.scale != "after"
+        return self.problem is None
 
 
 def attention_blocks(anatomy: Anatomy) -> list[AttentionBlock]:
@@ -86,12 +87,10 @@ def _obstacle(
     if av is None:
         return "no product with V follows its softmax"
     for node in above:
-        if node.op_type in SCALES and _scalar_operand(anatomy, node):
-            continue
-        if node.op_type not in MASKS | HARMLESS:
+        if node.op_type not in ARITHMETIC | HARMLESS:
             return f"{node.op_type} {label(node)} stands between QK^T and the softmax"
     for node in below:
-        if node.op_type not in HARMLESS:
+        if node.op_type not in HARMLESS and not (node.op_type in SCALES and _scalar_operand(anatomy, node)):
             return f"{node.op_type} {label(node)} stands between the softmax and the product with V"
     for node in (*above, softmax):
         if anatomy.outputs.intersection(node.output):

@@ -131,6 +131,10 @@ def _corrected(graph: Proof, kernels: list[Kernel], blocks: list[AttentionBlock]
         notes.append(
             f"the engine does not say in which type {len(silent)} of {len(names)} products run: the graph's types stand"
         )
+    if fused < len(blocks):
+        floats = any(types.get(b.qk) == "FLOAT" for b in blocks)
+        why = ": no fused kernel computes in FLOAT" if floats else ""
+        notes.append(f"{len(blocks) - fused} of {len(blocks)} attentions run as separate kernels{why}")
     attention = {**graph.attention, "fused": fused if blocks else None}
     return replace(graph, products=with_products(graph, types), attention=attention, notes=tuple(notes))
 

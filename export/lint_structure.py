@@ -83,7 +83,7 @@ def unfused_layernorm(case: Case) -> Iterator[Hit]:
     "unfused-attention",
     "error",
     reason="no fused attention kernel matches, so all heads' [N, N] scores go through memory",
-    cure="Export attention as QK^T, an added mask if any, Softmax over the last axis, and the product with V, nothing else in between.",
+    cure="Export attention as QK^T, an added mask if any, one Softmax over the last axis, and the product with V; nothing else.",
     tensorrt_only=True,
 )
 def unfused_attention(case: Case) -> Iterator[Hit]:
@@ -96,7 +96,7 @@ def unfused_attention(case: Case) -> Iterator[Hit]:
 @rule(
     "attention-scale",
     "warning",
-    reason="TensorRT's fused attention wants Q or K scaled before their product; scaled scores also overflow FLOAT16 sooner",
+    reason="TensorRT's documentation asks for Q or K scaled before their product, and unscaled scores overflow FLOAT16 sooner",
     cure="Multiply Q by the scale before QK^T (timm: fused_attn=False; or fold it into Q's weights).",
     tensorrt_only=True,
 )

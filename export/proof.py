@@ -117,8 +117,9 @@ def prove(model: ModelProto | Anatomy, claimed: Precision | None = None) -> Proo
     if claimed is not None and (others := [p for p in products if p.type != CLAIMS[claimed] and p.kind == "linear"]):
         notes.append(f"{len(others)} linear layers are not {CLAIMS[claimed]}: {_names([p.name for p in others])}")
     if slow := [b for b in blocks if not b.fusable]:
-        why = slow[0].problem or "its scores are scaled after QK^T"
-        notes.append(f"{len(slow)} of {len(blocks)} attentions do not fit a fused kernel ({slow[0].softmax}: {why})")
+        notes.append(
+            f"{len(slow)} of {len(blocks)} attentions do not fit a fused kernel ({slow[0].softmax}: {slow[0].problem})"
+        )
     return Proof(
         source="graph",
         products=products,

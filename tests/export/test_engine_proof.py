@@ -5,8 +5,10 @@ TensorRT 10 and 11 document, since asking an inspector takes a GPU.
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from broken import before_softmax, unfused_attention
 from onnx import ModelProto
 from requantized import requantized
 
@@ -155,16 +157,16 @@ def test_an_int8_plan_runs_int8_where_it_says_so(rtx, int8, tmp_path):
     assert proof.attention["fused"] == 2
 
 
-def test_attention_that_the_compiler_cannot_fuse(rtx, graphs, tmp_path):
-    """What lint calls unfused-attention is unfused by the compiler, too."""
-    from broken import unfused_attention
-
-    model = unfused_attention(load_graph(graphs["mlp-fp32"][1]), load_graph(graphs["mlp-fp16"][1]))
-    assert prove(model).attention["fusable"] == 1
-    healthy = compiled(load_graph(graphs["mlp-fp32"][1]), tmp_path, "fp32", ["8.6"])
-    proof = compiled(model, tmp_path, "fp32", ["8.6"])
-    assert proof.attention["fused"] < 2
-    assert healthy.attention["fused"] >= proof.attention["fused"]
+@pytest.mark.parametrize("op", ["spelt out", "Tanh", "Add"])
+def test_lint_and_the_compiler_agree_on_attention(rtx, fp16, tmp_path, op):
+    """What lint calls unfused-attention the compiler does not fuse, and a mask it does."""
+    if op == "spelt out":
+        model = unfused_attention(fp16, fp16)
+    else:
+        model = before_softmax(fp16, op, *([np.eye(17, dtype=np.float16)] if op == "Add" else []))
+    proof = compiled(model, tmp_path, "fp16", ["8.6"])
+    assert proof.attention["fused"] == proof.attention["fusable"] == {"spelt out": 0, "Tanh": 1, "Add": 2}[op]
+    assert any("run as separate kernels" in n for n in proof.notes) == (op != "Add")
 
 
 def test_a_plan_that_cannot_be_read_leaves_the_graphs_proof(int8):

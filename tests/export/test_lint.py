@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from broken import BROKEN, _add, _before, _copy, _qdq, _set
+from broken import BROKEN, add_constants, add_qdq, before_softmax, copy_of, insert_before, set_constant
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from requantized import requantized
 
@@ -77,9 +77,9 @@ def test_a_quantized_graph_by_our_quantizer_is_healthy(graphs, tmp_path):
 
 
 def edited(model: ModelProto, **arrays: np.ndarray) -> ModelProto:
-    out = _copy(model)
+    out = copy_of(model)
     for name, value in arrays.items():
-        _set(out, name.replace("__", "."), value)
+        set_constant(out, name.replace("__", "."), value)
     return out
 
 
@@ -99,7 +99,7 @@ def test_zero_points_and_scales(fp32):
 
 def test_a_pair_with_two_scales(fp32):
     model = requantized(fp32, "int8")
-    _add(model, {"other": np.array(0.1, np.float32)})
+    add_constants(model, {"other": np.array(0.1, np.float32)})
     dequantize = next(n for n in model.graph.node if n.name == "blocks.0.attn.qkv.in_dq")
     dequantize.input[1] = "other"
     found = lint(model, "m_int8.onnx")
@@ -116,11 +116,11 @@ def test_tiny_half_scales(fp16):
 
 def test_granularity(fp32):
     model = requantized(fp32, "int8")
-    _set(model, "blocks.0.mlp.fc1.scale", np.array(0.01, np.float32))
-    _set(model, "blocks.0.mlp.fc1.zero", np.array(0, np.int8))
+    set_constant(model, "blocks.0.mlp.fc1.scale", np.array(0.01, np.float32))
+    set_constant(model, "blocks.0.mlp.fc1.zero", np.array(0, np.int8))
     width = constants(model)["blocks.0.attn.qkv.q"].dims[0]
-    _set(model, "blocks.0.attn.qkv.in_scale", np.full(width, 0.1, np.float32))
-    _set(model, "blocks.0.attn.qkv.in_zero", np.zeros(width, np.int8))
+    set_constant(model, "blocks.0.attn.qkv.in_scale", np.full(width, 0.1, np.float32))
+    set_constant(model, "blocks.0.attn.qkv.in_zero", np.zeros(width, np.int8))
     for node in model.graph.node:
         if node.name.startswith("blocks.0.attn.qkv.in_"):
             node.attribute.append(helper.make_attribute("axis", 2))
@@ -130,9 +130,9 @@ def test_granularity(fp32):
 
 
 def test_float_weights_behind_q(fp32):
-    model = _copy(fp32)
+    model = copy_of(fp32)
     node = next(n for n in model.graph.node if n.name == "blocks.0.mlp.fc1")
-    node.input[1] = _qdq(model, node, node.input[1], "weight")
+    node.input[1] = add_qdq(model, node, node.input[1], "weight")
     found = lint(model, "m.onnx")
     assert "float-weight-behind-q" in rules(found, "warning")
     assert "MB of floats" in next(f.message for f in found if f.rule == "float-weight-behind-q")
@@ -142,46 +142,46 @@ def test_float_weights_behind_q(fp32):
     ("op", "rule"), [("LayerNormalization", "quantized-norm"), ("Softmax", "quantized-softmax"), ("Gelu", "quantized-gelu")]
 )
 def test_what_stays_in_floating_point(fp32, op, rule):
-    model = _copy(fp32)
+    model = copy_of(fp32)
     node = next(n for n in model.graph.node if n.op_type == op)
-    node.input[0] = _qdq(model, node, node.input[0], "input")
+    node.input[0] = add_qdq(model, node, node.input[0], "input")
     assert rule in rules(lint(model, "m.onnx"), "warning")
     assert rule not in rules(lint(requantized(fp32, "int8"), "m_int8.onnx"))
 
 
 def test_quantized_positions(fp32):
-    model = _copy(fp32)
+    model = copy_of(fp32)
     stored = constants(model)
     add = next(
         n for n in model.graph.node if n.op_type == "Add" and any(i in stored and len(stored[i].dims) == 3 for i in n.input)
     )
-    add.input[0] = _qdq(model, add, add.input[0], "tokens")
+    add.input[0] = add_qdq(model, add, add.input[0], "tokens")
     assert "quantized-positions" in rules(lint(model, "m.onnx"), "warning")
 
 
-def test_attention_that_is_scaled_late_or_spelt_out(fp32):
-    model = _copy(fp32)
-    softmax = next(n for n in model.graph.node if n.op_type == "Softmax")
-    _add(model, {"eighth": np.array(0.125, np.float32)})
-    _before(model, softmax, helper.make_node("Mul", [softmax.input[0], "eighth"], ["scaled"], name="late_scale"))
-    softmax.input[0] = "scaled"
-    found = lint(model, "m.onnx")
-    assert rules(found) == {"attention-scale"}
+def test_attention_that_is_scaled_late(fp32):
+    found = lint(before_softmax(fp32, "Mul", np.array(0.125, np.float32)), "m.onnx")
+    assert [(f.rule, f.severity) for f in found] == [("attention-scale", "warning")]
+    assert found[0].where == "blocks.0.attn.qk"
 
-    model = _copy(fp32)
-    softmax = next(n for n in model.graph.node if n.op_type == "Softmax")
-    _add(model, {"last": np.array([-1], np.int64)})
-    _before(model, softmax, helper.make_node("Exp", [softmax.input[0]], ["e"], name="exp"))
-    _before(model, softmax, helper.make_node("ReduceSum", ["e", "last"], ["sum_e"], name="sum", keepdims=1))
-    division = helper.make_node("Div", ["e", "sum_e"], list(softmax.output), name="division")
-    softmax.CopyFrom(division)
-    found = lint(model, "m.onnx")
+
+@pytest.mark.parametrize(("op", "attributes"), [("Tanh", {}), ("Sigmoid", {}), ("Transpose", {"perm": [0, 1, 3, 2]})])
+def test_what_stands_in_the_way_of_fused_attention(fp32, op, attributes):
+    found = lint(before_softmax(fp32, op, **attributes), "m.onnx")
     assert rules(found, "error") == {"unfused-attention"}
-    assert "spelt out as Exp and Div" in found[0].message
+    assert f"{op} inserted stands between QK^T and the softmax" in found[0].message
+
+
+def test_a_softmax_over_another_axis(fp32):
+    model = copy_of(fp32)
+    softmax = next(n for n in model.graph.node if n.op_type == "Softmax")
+    del softmax.attribute[:]
+    softmax.attribute.append(helper.make_attribute("axis", 2))
+    assert "runs over axis 2" in next(f.message for f in lint(model, "m.onnx") if f.rule == "unfused-attention")
 
 
 def test_scores_that_are_read_twice(fp32):
-    model = _copy(fp32)
+    model = copy_of(fp32)
     softmax = next(n for n in model.graph.node if n.op_type == "Softmax")
     model.graph.output.append(helper.make_empty_tensor_value_info(softmax.output[0]))
     found = lint(model, "m.onnx")
@@ -190,19 +190,15 @@ def test_scores_that_are_read_twice(fp32):
 
 
 def test_a_mask_is_no_obstacle(fp32):
-    model = _copy(fp32)
-    softmax = next(n for n in model.graph.node if n.op_type == "Softmax")
-    _add(model, {"mask": np.where(np.eye(17), -np.inf, 0).astype(np.float32)})
-    _before(model, softmax, helper.make_node("Add", [softmax.input[0], "mask"], ["masked"], name="mask_add"))
-    softmax.input[0] = "masked"
-    assert rules(lint(model, "m.onnx")) == set()
+    mask = np.where(np.eye(17), -np.inf, 0).astype(np.float32)
+    assert rules(lint(before_softmax(fp32, "Add", mask), "m.onnx")) == set()
 
 
 def test_casts_back_and_forth(fp32):
-    model = _copy(fp32)
+    model = copy_of(fp32)
     node = next(n for n in model.graph.node if n.name == "blocks.0.mlp.fc1")
-    _before(model, node, helper.make_node("Cast", [node.input[0]], ["half"], name="down", to=TensorProto.FLOAT16))
-    _before(model, node, helper.make_node("Cast", ["half"], ["back"], name="up", to=TensorProto.FLOAT))
+    insert_before(model, node, helper.make_node("Cast", [node.input[0]], ["half"], name="down", to=TensorProto.FLOAT16))
+    insert_before(model, node, helper.make_node("Cast", ["half"], ["back"], name="up", to=TensorProto.FLOAT))
     node.input[0] = "back"
     found = lint(model, "m.onnx")
     assert rules(found) == {"cast-ping-pong"}
@@ -216,7 +212,7 @@ def test_large_weights_overflow_only_in_fp16(fp32):
 
 
 def test_norms_in_half_precision(fp16, fp32):
-    model = _copy(fp16)
+    model = copy_of(fp16)
     norm = next(n for n in model.graph.node if n.op_type == "LayerNormalization")
     made = {o: n for n in model.graph.node for o in n.output}
     cast = made[norm.input[0]]
@@ -252,18 +248,18 @@ def chained_norm() -> ModelProto:
 
 
 def test_axes_and_batch(fp32):
-    model = _copy(fp32)
+    model = copy_of(fp32)
     dims = model.graph.input[0].type.tensor_type.shape.dim
     dims[2].dim_param = "height"
     assert "dynamic-spatial-axes" in rules(lint(model, "m.onnx"), "warning")
-    model = _copy(fp32)
+    model = copy_of(fp32)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
     assert "fixed-batch" in rules(lint(model, "m.onnx"), "note")
 
 
 def test_external_data_that_is_not_there(fp32, tmp_path):
     path = tmp_path / "m.onnx"
-    onnx.save(_copy(fp32), path, save_as_external_data=True, location="m.data", size_threshold=1024)
+    onnx.save(copy_of(fp32), path, save_as_external_data=True, location="m.data", size_threshold=1024)
     assert rules(lint(path)) == set(), "beside the file it is found"
     (tmp_path / "m.data").write_bytes((tmp_path / "m.data").read_bytes()[:1000])
     assert "external-data-missing" in rules(lint(path), "error")
@@ -275,7 +271,7 @@ def test_external_data_that_is_not_there(fp32, tmp_path):
 def test_external_data_outside_of_the_folder_is_not_opened(fp32, tmp_path):
     (tmp_path / "inside").mkdir()
     path = tmp_path / "inside" / "m.onnx"
-    onnx.save(_copy(fp32), path, save_as_external_data=True, location="m.data", size_threshold=1024)
+    onnx.save(copy_of(fp32), path, save_as_external_data=True, location="m.data", size_threshold=1024)
     (tmp_path / "inside" / "m.data").rename(tmp_path / "m.data")
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from broken import _add, _before, _copy
+from broken import add_constants, copy_of, insert_before
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from requantized import requantized
 
@@ -49,7 +49,7 @@ def test_shares_of_an_int8_graph(fp16):
     assert proof.flops_share() == pytest.approx({"INT8": linear / total, "FLOAT16": 1 - linear / total})
     assert proof.flops_share(("linear",)) == {"INT8": 1.0}
     assert proof.qdq_pairs == 8
-    assert proof.casts >= 11, "around five norms, and at the file's ends"
+    assert proof.casts == sum(n.op_type == "Cast" for n in fp16.graph.node) > 0
     value = proof.to_json()
     assert set(value) >= {"source", "flops_share", "casts", "reformats", "attention", "layers", "notes"}
     assert value["flops_share"]["INT8"] == pytest.approx(linear / total, abs=1e-6)
@@ -113,8 +113,8 @@ def test_one_sided_quantization_is_not_int8(fp32):
 def test_quantization_is_seen_through_layout_and_casts(fp16):
     model = requantized(fp16, "int8")
     node = next(n for n in model.graph.node if n.name == "blocks.0.mlp.fc1")
-    _before(model, node, helper.make_node("Cast", [node.input[1]], ["w32"], name="c1", to=TensorProto.FLOAT))
-    _before(model, node, helper.make_node("Cast", ["w32"], ["w16"], name="c2", to=TensorProto.FLOAT16))
+    insert_before(model, node, helper.make_node("Cast", [node.input[1]], ["w32"], name="c1", to=TensorProto.FLOAT))
+    insert_before(model, node, helper.make_node("Cast", ["w32"], ["w16"], name="c2", to=TensorProto.FLOAT16))
     node.input[1] = "w16"
     assert prove(model).flops_share(("linear",)) == {"INT8": 1.0}
     assert prove(model).casts == prove(fp16).casts, "casts of weights are folded"
@@ -131,27 +131,27 @@ def test_integer_operators_count_as_int8(graphs, tmp_path):
 
 def test_shapes_are_followed_through_spelt_out_arithmetic(fp32):
     """Exporters write a Reshape's sizes as Shape, Gather, Mul, Concat of the tensor's own; FLOPs are the same."""
-    model = _copy(fp32)
+    model = copy_of(fp32)
     reshape = next(n for n in model.graph.node if n.op_type == "Reshape" and n.input[0] == "linear")
     size = numpy_helper.to_array({t.name: t for t in model.graph.initializer}[reshape.input[1]])
     tokens_at = 1
     zero, one = np.array([0], np.int64), np.array([tokens_at], np.int64)
     rest = size[2:].astype(np.int64)
-    _add(model, {"at0": zero, "at1": one, "rest": rest})
+    add_constants(model, {"at0": zero, "at1": one, "rest": rest})
     for node in (
         helper.make_node("Shape", [reshape.input[0]], ["all"], name="s"),
         helper.make_node("Gather", ["all", "at0"], ["b"], name="g0"),
         helper.make_node("Gather", ["all", "at1"], ["t"], name="g1"),
         helper.make_node("Concat", ["b", "t", "rest"], ["sizes"], name="cat", axis=0),
     ):
-        _before(model, reshape, node)
+        insert_before(model, reshape, node)
     reshape.input[1] = "sizes"
     onnx.checker.check_model(model, full_check=True)
     assert [(p.name, p.flops) for p in prove(model).products] == [(p.name, p.flops) for p in prove(fp32).products]
 
 
 def test_unknown_shapes_are_said(fp32):
-    model = _copy(fp32)
+    model = copy_of(fp32)
     for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
         dim.dim_param = "size"
     proof = prove(model)
