@@ -3,11 +3,15 @@ their own. Projections after every step reach averages too.
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_train import CROPS, HEAD, RUNTIME, _Dying, losses, same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -242,3 +246,34 @@ def test_projections_of_sharded_weights_are_refused():
     student = Student(plain, plain, torch.optim.SGD(plain.parameters()), plain, shape=plain)
     with pytest.raises(UserError, match=r"drop runtime\.shard"):
         student.project("one", mask)
+
+
+# ---- several processes
+
+
+@pytest.mark.slow
+def test_weights_spread_over_processes_learn_the_same(tmp_path):
+    """Two processes that run this file, with weights whole and sharded, against one."""
+    run(tmp_path / "one", settings(3, lr=0.005), quantized(model()), model(7))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("whole", "sharded"):
+        assert log_of(tmp_path / name) == pytest.approx(log_of(tmp_path / "one"), rel=1e-4)
+    whole, sharded = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "sharded"))
+    assert all(bool(v.abs().max() > 0) for v in whole.values())
+    for name, scale in whole.items():
+        torch.testing.assert_close(sharded[name], scale, rtol=1e-2, atol=1e-6)
+
+
+def _two_processes(folder: Path) -> None:
+    for name in ("whole", "sharded"):
+        runtime = {"shard": name == "sharded"}
+        trained = run(folder / name, settings(3, lr=0.005), quantized(model()), model(7), runtime=runtime)
+        if os.environ["RANK"] == "0":
+            save_file(scales_of(trained), folder / f"{name}.safetensors")
+
+
+if __name__ == "__main__":
+    _two_processes(Path(sys.argv[1]))
