@@ -1,11 +1,13 @@
 """FP16 and BF16 graphs that keep the features: where half precision overflows or rounds too much, only those layers stay in FP32.
 
-One pass of the graph, rounded as a GPU rounds (`rounded.py`), with a tap behind every layer names the first value that is not finite, and
-its layer is kept in FP32; if it still overflows when narrowed, its branch, then its block, then that block and all behind it (the residual
-stream itself is too large). Where everything is finite but a cosine misses the gate, the fewest layers to keep are found by bisection
-(QuickXplain: Junker, AAAI 2004), in about 2 k log2(n / k) passes for k of n layers.
+Overflow: one pass of the graph, rounded as a GPU rounds (`rounded.py`), with a tap behind every layer names the first value that is not
+finite, and its layer is kept in FP32; if it still overflows when narrowed, its branch, then its block, then the residual stream.
 
-The search looks at PROBE images; the result is checked on all, and images that fail join the search.
+Rounding: where everything is finite but a cosine misses the gate, the fewest blocks to keep are found by bisection (QuickXplain: Junker,
+AAAI 2004; about 2 k log2(n / k) passes for k of n), and then by the same bisection the fewest layers of those blocks. Typically one block
+is to blame: the one in which a trained ViT's few huge activations appear.
+
+The search looks at PROBE images, the bisection at the worst BATCH of them; the result is checked on all, and images that fail join.
 
 Shape legend: B images, T tokens, D width.
 """
@@ -27,7 +29,7 @@ from export.bisection import least_cosine
 from export.graph import torch_graph
 from export.nodes import OUTPUTS, constants, serialize
 from export.probes import OnnxProbe, layer_outputs, residual_stream
-from export.typed import block_of, layer_nodes, retype
+from export.typed import STREAM, block_of, layer_nodes, retype, retyped
 
 PROBE, JOIN, BATCH = 16, 4, 4
 LARGEST = {"fp16": 65504.0, "bf16": float(torch.finfo(torch.bfloat16).max)}
@@ -72,6 +74,10 @@ def fit_half_graph(source: ModelProto, precision: str, images: Tensor, gate: flo
         probed.update(fresh)
         search.look_at(images[fresh])
     last, layers = search.measure(kept), search.ordered(kept)
+    if not search.half_products(kept):
+        raise GateFailed(
+            f"{precision} reaches the gate of {gate} only with every matrix product in FP32; use a lower gate or FP32."
+        )
     report = {
         "precision": precision,
         "gate": gate,
@@ -86,13 +92,28 @@ def fit_half_graph(source: ModelProto, precision: str, images: Tensor, gate: flo
     return retype(source, precision, layers), report
 
 
+Batch = tuple[Tensor, dict[str, np.ndarray]]  # images and what FP32 makes of them, by tensor
+
+
 @dataclass
 class _Measured:
-    """One pass: least cosines of the stream behind every block and of the outputs (None: not finite), and where it first was not finite."""
+    """One pass: least cosines of the stream behind every block and of the outputs (None: not finite).
+
+    Attributes:
+        worst: the batch with the least cosine. broken: whose values first were not finite.
+    """
 
     stream: list[float | None]
     outputs: dict[str, float | None]
+    worst: Batch
     broken: str | None = None
+
+    def add(self, batch: Batch, stream: list[float], outputs: dict[str, float]) -> None:
+        least = min((c for c in self.outputs.values() if c is not None), default=-1.0)
+        if min(outputs.values()) < least:
+            self.worst = batch
+        self.stream = [_lower(a, b) for a, b in zip(self.stream, stream, strict=True)]
+        self.outputs = {o: _lower(self.outputs[o], c) for o, c in outputs.items()}
 
     def passes(self, gate: float) -> bool:
         return all(c is not None and c >= gate for c in self.outputs.values())
@@ -106,7 +127,7 @@ class _Search:
     precision: str
     gate: float
     passes: int = 0
-    batches: list[tuple[Tensor, dict[str, np.ndarray]]] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.layers = layer_nodes(self.source)
@@ -135,10 +156,7 @@ class _Search:
             if now.broken is not None:
                 kept = {**kept, **self._widened(now.broken, kept)}
                 continue
-            others = [layer for layer in self.tensors if not self._inside(layer, kept)]
-            found = self._fewest(kept, others)
-            worst = min(c for c in now.outputs.values() if c is not None)
-            return {**kept, **dict.fromkeys(found, f"rounding: cosine {worst:.5f} with it in {self.precision}")}
+            kept = {**kept, **self._rounding(kept, now)}
         return kept
 
     def failing(self, kept: dict[str, str], images: Tensor) -> list[int]:
@@ -152,21 +170,21 @@ class _Search:
                 scores.append((min(-1.0 if np.isnan(c) else c for c in cosines), start + k))
         return [i for score, i in sorted(scores) if score < self.gate]
 
-    def measure(self, kept: dict[str, str], early: bool = False) -> _Measured:
-        """One pass over the images at hand; `early` stops at the first that misses the gate and looks at outputs only."""
+    def measure(self, kept: dict[str, str], batches: list[Batch] | None = None) -> _Measured:
+        """One pass over the images at hand; with `batches` over those, up to the first that misses the gate, and of the outputs only."""
         self.passes += 1
         suspect = self._suspect(kept)
-        taps = {} if early else self._taps(suspect.model)
-        result = _Measured([1.0] * len(self.stream), dict.fromkeys(OUTPUTS, 1.0))
-        for images, wanted in self.batches:
-            got = suspect.run(images, list(dict.fromkeys([*taps, *([] if early else self.stream.values()), *OUTPUTS])))
-            for i, tensor in enumerate([] if early else self.stream.values()):
-                result.stream[i] = _lower(result.stream[i], least_cosine(wanted[tensor], got[tensor]))
-            for output in OUTPUTS:
-                result.outputs[output] = _lower(result.outputs[output], least_cosine(wanted[output], got[output]))
-            broken = next((owner for tensor, owner in taps.items() if not np.isfinite(got[tensor]).all()), None)
-            if broken is not None or (early and not result.passes(self.gate)):
-                result.broken = broken
+        taps = self._taps(suspect.model) if batches is None else {}
+        stream = list(self.stream.values()) if batches is None else []
+        result = _Measured([1.0] * len(stream), dict.fromkeys(OUTPUTS, 1.0), self.batches[0])
+        for batch in self.batches if batches is None else batches:
+            images, wanted = batch
+            got = suspect.run(images, list(dict.fromkeys([*taps, *stream, *OUTPUTS])))
+            result.add(
+                batch, [least_cosine(wanted[t], got[t]) for t in stream], {o: least_cosine(wanted[o], got[o]) for o in OUTPUTS}
+            )
+            result.broken = next((owner for tensor, owner in taps.items() if not np.isfinite(got[tensor]).all()), None)
+            if result.broken is not None or (batches is not None and not result.passes(self.gate)):
                 break
         return result
 
@@ -174,8 +192,12 @@ class _Search:
         """In order of execution, without what is part of another."""
         return [n for n in self.layers if n in kept and not self._inside(n, {k: "" for k in kept if k != n})]
 
+    def half_products(self, kept: dict[str, str]) -> list[str]:
+        """The products that are not kept in FP32."""
+        return [n for n in self.tensors if not self._inside(n, kept)]
+
     def _suspect(self, kept: dict[str, str]) -> OnnxProbe:
-        return OnnxProbe(retype(self.source, self.precision, list(kept)), as_gpu=True)
+        return OnnxProbe(retyped(self.source, self.precision, self.ordered(kept)), as_gpu=True)
 
     def _taps(self, model: ModelProto) -> dict[str, str]:
         """Tensors behind every layer and every residual add -> who made them, in order of execution; narrowed twins too."""
@@ -194,11 +216,16 @@ class _Search:
     def _widened(self, broken: str, kept: dict[str, str]) -> dict[str, str]:
         """What to keep when the value that `broken` makes is not finite: it, or what it is part of."""
         block, limit, names = block_of(broken) or broken, f"{LARGEST[self.precision]:.4g}", list(self.stream)
+        inside = f"overflow: nothing in it narrows what exceeds {limit} in {broken}"
+        branch, block_itself = ([broken.rpartition(".")[0]], inside), ([block], inside)
+        stream = [STREAM], f"overflow: the residual stream exceeds {limit} in {block}"
         rungs = [
             ([broken], f"overflow: values exceed {limit}"),
-            ([broken.rpartition(".")[0]], f"overflow: nothing in it narrows what exceeds {limit} in {broken}"),
-            ([block], f"overflow: nothing in it narrows what exceeds {limit} in {broken}"),
-            (names[names.index(block) :] if block in names else [], f"overflow: the stream exceeds {limit} from {block} on"),
+            *([stream] if self._ends_branch(broken) else [branch, block_itself, stream]),
+            (
+                names[names.index(block) :] if block in names else [],
+                f"overflow: nothing narrows what exceeds {limit} in {block}",
+            ),
         ]
         for rung, why in rungs:
             if fresh := [n for n in rung if n in self.layers and not self._inside(n, kept)]:
@@ -207,30 +234,49 @@ class _Search:
             f"{self.precision} is not finite in {broken} whatever stays in FP32; look at the weights of the model."
         )
 
+    def _ends_branch(self, layer: str) -> bool:
+        """Whether a layer's output goes into a residual add, and nowhere else."""
+        tensor, nodes = self.tensors.get(layer), self.source.graph.node
+        readers = [i for i, n in enumerate(nodes) if tensor in n.input]
+        return bool(readers) and set(readers) <= set(self.layers.get(STREAM, []))
+
     def _inside(self, layer: str, kept: dict[str, str]) -> bool:
         return any(layer == k or layer.startswith(f"{k}.") for k in kept)
 
-    def _fewest(self, kept: dict[str, str], layers: Sequence[str]) -> list[str]:
-        """QuickXplain: a smallest set of `layers` that must stay in FP32, beside `kept`, for the images to pass."""
-        if not self._holds(kept, layers):
-            blocks = [b for b in self.stream if b not in kept]
-            if not self._holds(kept, [*layers, *blocks]):
-                raise GateFailed(
-                    f"{self.precision} misses the gate of {self.gate} even with every layer in FP32; use a lower gate or FP32."
-                )
-            return self._needed(kept, [], blocks)
-        return self._needed(kept, [], list(layers))
+    def _rounding(self, kept: dict[str, str], now: _Measured) -> dict[str, str]:
+        """The fewest layers to keep for the worst images to pass: bisected over blocks, then over the layers of the blocks found."""
+        least = min(c for c in now.outputs.values() if c is not None)
+        why = f"rounding: with what is listed so far cosine {least:.5f} at worst"
+        wholes = [
+            b for b in [*self.stream, *(n for n in self.tensors if block_of(n) is None), STREAM] if not self._inside(b, kept)
+        ]
+        worst = [now.worst]
+        if not self._holds(kept, wholes, worst):
+            raise GateFailed(
+                f"{self.precision} misses the gate of {self.gate} even with every layer in FP32; use a lower gate."
+            )
+        blocks = self._needed(kept, [], wholes, worst)
+        layers = [n for n in self.tensors if not self._inside(n, kept) and self._inside(n, dict.fromkeys(blocks, ""))]
+        others = [b for b in blocks if b not in layers and b not in self.stream]
+        if layers and self._holds(kept, [*others, *layers], worst):
+            return dict.fromkeys([*others, *self._needed(kept, others, layers, worst)], why)
+        return dict.fromkeys(blocks, why)
 
-    def _needed(self, kept: dict[str, str], beside: list[str], layers: list[str]) -> list[str]:
+    def _needed(self, kept: dict[str, str], beside: list[str], layers: list[str], batches: list[Batch]) -> list[str]:
+        """QuickXplain: a smallest part of `layers` that must be kept, beside `kept` and `beside`, for the batches to pass."""
         if len(layers) == 1:
             return layers
         half = len(layers) // 2
         first, second = layers[:half], layers[half:]
-        found = [] if self._holds(kept, [*beside, *first]) else self._needed(kept, [*beside, *first], second)
-        return found + ([] if self._holds(kept, [*beside, *found]) else self._needed(kept, [*beside, *found], first))
+        found: list[str] = []
+        if not self._holds(kept, [*beside, *first], batches):
+            found = self._needed(kept, [*beside, *first], second, batches)
+        if not self._holds(kept, [*beside, *found], batches):
+            found = self._needed(kept, [*beside, *found], first, batches) + found
+        return found
 
-    def _holds(self, kept: dict[str, str], also: Sequence[str]) -> bool:
-        return self.measure({**kept, **dict.fromkeys(also, "")}, early=True).passes(self.gate)
+    def _holds(self, kept: dict[str, str], also: Sequence[str], batches: list[Batch]) -> bool:
+        return self.measure({**kept, **dict.fromkeys(also, "")}, batches).passes(self.gate)
 
 
 def _lower(a: float | None, b: float) -> float | None:

@@ -26,6 +26,7 @@ UNARY = ("Gelu", "Relu", "Sigmoid", "Tanh", "Erf", "Identity", "Cast")
 WITH_CONSTANT = ("Add", "Sub", "Mul", "Div")
 MOVES = ("Gather", "Slice", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Identity")
 TYPELESS = ("Shape", "Size")
+STREAM = "stream"
 
 
 def retype(model: ModelProto, precision: str, keep_float: Collection[str] = ()) -> ModelProto:
@@ -33,21 +34,25 @@ def retype(model: ModelProto, precision: str, keep_float: Collection[str] = ()) 
 
     Args:
         keep_float: layers in FP32, by name or pattern: a linear layer (`blocks.5.mlp.fc2`), the scores and softmax of an attention
-            (`blocks.5.attn.qk`), all between a branch's first and last layer (`blocks.5.mlp`), a block (`blocks.5`).
+            (`blocks.5.attn.qk`), all between a branch's first and last layer (`blocks.5.mlp`), a block (`blocks.5`), or the residual
+            `stream`, which costs no more casts: LayerNorm then reads it without one.
 
     Raises:
         UserError: a pattern names nothing, or a weight is not finite in the precision.
         GateFailed: a matrix product has another type than it should.
     """
-    out = model
-    if precision != "fp32":
-        layers = layer_nodes(model)
-        kept = matching_layers(layers, keep_float)
-        out = _Retyping(model, precision, {i for name in kept for i in layers[name]}).done()
-        if kept:
-            out.metadata_props.add(key=KEPT, value=json.dumps(kept))
+    out = model if precision == "fp32" else retyped(model, precision, matching_layers(layer_nodes(model), keep_float))
     verify_precision(out, precision)
     onnx.checker.check_model(out, full_check=True)
+    return out
+
+
+def retyped(model: ModelProto, precision: str, layers: list[str]) -> ModelProto:
+    """`retype` by exact names and without the check that any product is half: for a search that also asks what if none is."""
+    nodes = layer_nodes(model)
+    out = _Retyping(model, precision, {i for name in layers for i in nodes[name]}).done()
+    if layers:
+        out.metadata_props.add(key=KEPT, value=json.dumps(layers))
     return out
 
 
@@ -69,7 +74,8 @@ def layer_nodes(model: ModelProto) -> dict[str, list[int]]:
     """Name -> indices of its nodes, for all that can be kept in FP32, in order of execution, the parts before their whole.
 
     A linear layer with what follows it element by element; `blocks.i.attn.qk` with its softmax; `blocks.i.attn.av`; the branches
-    `blocks.i.attn` and `blocks.i.mlp`, from their first layer to their last; the block `blocks.i` with residual adds.
+    `blocks.i.attn` and `blocks.i.mlp`, from their first layer to their last; the block `blocks.i` with residual adds; and the residual
+    `stream`: every add of a branch, with the tokens before the first block.
     """
     nodes, stored = list(model.graph.node), set(constants(model))
     readers = _readers(nodes)
@@ -79,7 +85,7 @@ def layer_nodes(model: ModelProto) -> dict[str, list[int]]:
             found[node.name] = _with_tail(i, nodes, readers, stored)
     outputs = {o for n in nodes for o in n.output}
     blocks = sorted({b for name in found if (b := block_of(name)) and b in outputs}, key=lambda b: int(b.rpartition(".")[2]))
-    before: set[int] = set()
+    before = _ancestors(nodes, start) if blocks and (start := _stream_start(nodes)) else set()
     for block in blocks:
         upto = _ancestors(nodes, block)
         inside, before = upto - before, upto
@@ -87,6 +93,9 @@ def layer_nodes(model: ModelProto) -> dict[str, list[int]]:
             parts = sorted(i for name in found if name.startswith(f"{branch}.") for i in found[name])
             found[branch] = sorted(set(parts) | (inside & _between(nodes, parts)))
         found[block] = sorted(inside)
+    if blocks:
+        inner = {i for name, part in found.items() if name not in blocks for i in part}
+        found[STREAM] = sorted(i for i in before - inner if nodes[i].op_type not in (*FLOAT_OPS, *TYPELESS))
     return dict(sorted(found.items(), key=lambda item: (min(item[1]), len(item[1]))))
 
 
@@ -213,6 +222,12 @@ def _with_tail(i: int, nodes: list[NodeProto], readers: dict[str, list[int]], st
         if scores:
             break
     return found
+
+
+def _stream_start(nodes: list[NodeProto]) -> str | None:
+    """The tokens that enter the first block: the first tensor that a LayerNormalization reads and an Add skips past it."""
+    added = {x for n in nodes if n.op_type == "Add" for x in n.input}
+    return next((n.input[0] for n in nodes if n.op_type in FLOAT_OPS and n.input[0] in added), None)
 
 
 def _ancestors(nodes: list[NodeProto], tensor: str) -> set[int]:
