@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from distill.data.preprocess import Preprocess
 from distill.data.sources import Source, checked
-from distill.encoder import Encoder
+from distill.encoder import Encoder, Features
 from distill.errors import UserError
 from distill.evaluate import knn, linear
 from distill.evaluate.features import FeatureSet, Images, extract, identity, load, save
@@ -48,45 +48,64 @@ class Measures:
     Args:
         make: kept layers -> Candidate.
         reference: the full-precision artifact, on the same runtime if possible.
-        images: training images [n, 3, H, W] float32, preprocessed, that did not calibrate.
+        images: training images [n, 3, H, W] float32, preprocessed, that did not calibrate; every other one is left for `confirm`.
         loss: measures points; needed where the budget asks for them.
     """
 
     def __init__(
         self, config: BudgetConfig, make: Make, reference: Encoder, images: Tensor, loss: "GalleryLoss | None" = None
     ) -> None:
-        assert len(images)
+        assert len(images) >= 2
         assert loss is not None or not (config.asked().keys() - {"cosine_min"})
-        self.config, self.make, self.images, self.loss = config, make, images, loss
-        self.wanted = [reference(x) for x in images.split(BATCH)]
+        self.config, self.make, self.loss = config, make, loss
+        self.searched, self.held = (_Compared.with_(reference, part) for part in (images[::2], images[1::2]))
 
     def cosine(self, kept: Kept) -> Measured:
         """The cheap part: what `sensitivity` needs."""
-        candidate = self.make(kept)
-        return self._cosine(candidate)
+        return self._measured(self.make(kept), self.searched)
+
+    def confirm(self, kept: Kept) -> Measured:
+        """The cheap part on the images that the search does not see: the `confirm` of `budget.search`."""
+        return self._measured(self.make(kept), self.held)
 
     def __call__(self, kept: Kept) -> Measured:
         """All that the budget asks for; accuracy only where the cosine is good enough."""
         candidate = self.make(kept)
-        measured = self._cosine(candidate)
+        measured = self._measured(candidate, self.searched)
         least = self.config.cosine_min
         enough = measured["cosine_min"] is not None and (least is None or measured["cosine_min"] >= least)
         return measured | (self.loss(candidate.encoder) if self.loss is not None and enough else {})
 
-    def _cosine(self, candidate: Candidate) -> Measured:
+    def _measured(self, candidate: Candidate, compared: "_Compared") -> Measured:
         """Over every vector of both outputs, CLS and patches; None where one is not finite."""
-        found = []
-        for x, wanted in zip(self.images.split(BATCH), self.wanted, strict=True):
-            got = candidate.encoder(x)
-            for a, b in ((wanted.cls, got.cls), (wanted.patches, got.patches)):
-                found.append(F.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-12).flatten())
-        values = torch.cat(found)
+        values = compared.cosines(candidate.encoder)
         finite = bool(values.isfinite().all())
         return {
             "cosine_min": float(values.min()) if finite else None,
             "cosine_mean": float(values.mean()) if finite else None,
             "size_mb": candidate.size_bytes / 1e6,
         }
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Images, and what the full-precision artifact makes of them, batch by batch."""
+
+    images: Tensor
+    wanted: list[Features]
+
+    @staticmethod
+    def with_(reference: Encoder, images: Tensor) -> "_Compared":
+        return _Compared(images, [reference(x) for x in images.split(BATCH)])
+
+    def cosines(self, encoder: Encoder) -> Tensor:
+        """Of all vectors, CLS and patches alike: [n]."""
+        found = []
+        for x, wanted in zip(self.images.split(BATCH), self.wanted, strict=True):
+            got = encoder(x)
+            for a, b in ((wanted.cls, got.cls), (wanted.patches, got.patches)):
+                found.append(F.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-12).flatten())
+        return torch.cat(found)
 
 
 class GalleryLoss:
@@ -220,8 +239,8 @@ def add_latency(
         low, high = timing.median_interval(list(t.rounds.values())) or (None, None)
         latency = {"latency_ms": t.p50() * 1e3, "latency_low": low and low * 1e3, "latency_high": high and high * 1e3}
         curve[i] = curve[i] | latency
-    reached = {k: v for k, v in curve[chosen].items() if k not in ("kept", "met")}
-    return replace(result, curve=curve, reached=reached)
+    latency = {k: v for k, v in curve[chosen].items() if k.startswith("latency_")}
+    return replace(result, curve=curve, reached=result.reached | latency)
 
 
 def _lost(name: str, mine: np.ndarray, reference: np.ndarray) -> Measured:

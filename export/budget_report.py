@@ -69,6 +69,7 @@ def _sentence(budget: Mapping[str, Any], layers: int, tried: int) -> str:
         f"Asked: {' and '.join(wanted)}. {'Met' if budget.get('met') else 'Not met: the best found is kept,'} with {kept} of "
     )
     said += f"{budget.get('layers', layers)} layers in floating point ({'; '.join(got)}), found by measuring {tried} artifacts."
+    said += " These cosines are of images that the search did not see." if budget.get("confirmed") else ""
     if budget.get("met") and kept:
         every = "Quantizing any single one of them again was measured to break the budget."
         said += f" {every}" if budget.get("minimal") else " The search ran out before it had tried to give each of them back."

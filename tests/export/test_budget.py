@@ -45,10 +45,10 @@ class Bench:
         return measured | {"knn_points": points, "knn_low": points - 0.2, "knn_high": points + 0.2}
 
 
-def found_by(config, bench, ledger=None):
+def found_by(config, bench, ledger=None, confirm=None):
     ledger = ledger or Ledger()
     order = sensitivity(dict.fromkeys(bench.damage, 1.0), bench.cosine, ledger, QUIET)
-    return search(config, order, bench, ledger, QUIET)
+    return search(config, order, bench, ledger, QUIET, confirm=confirm)
 
 
 def test_sensitivity_orders_by_damage_and_shares_the_work():
@@ -142,6 +142,42 @@ def test_evaluations_are_capped_and_the_result_says_that_it_is_not_proved():
     assert "raise budget.evaluations" in short.failure()
 
 
+def test_what_was_lucky_on_the_images_of_the_search_is_not_taken():
+    """On other images every layer that is quantized costs a little more: the smallest set that met the budget does not hold."""
+    asked = []
+
+    def confirm(kept):
+        asked.append(len(kept))
+        measured = Bench().cosine(kept)
+        return {"cosine_min": measured["cosine_min"] - 30e-5, "cosine_mean": 0.5}
+
+    config = BudgetConfig(cosine_min=0.9991)
+    result = found_by(config, Bench(), confirm=confirm)
+    assert asked[0] == 2  # what the search alone would have taken
+    assert result.met
+    assert result.confirmed
+    assert not result.minimal  # on the images of the search fewer were enough
+    assert len(result.kept) > 2
+    assert result.reached["cosine_min"] == pytest.approx(Bench().cosine(frozenset(result.kept))["cosine_min"] - 30e-5)
+    assert result.reached["cosine_mean"] == 0.5
+    chosen = next(p for p in result.curve if p["kept"] == result.kept)
+    assert chosen["confirmed_cosine_min"] == result.reached["cosine_min"] < chosen["cosine_min"]
+
+
+def test_what_holds_on_other_images_is_confirmed_once():
+    asked = []
+    result = found_by(BudgetConfig(cosine_min=0.9991), Bench(), confirm=lambda kept: asked.append(kept) or Bench().cosine(kept))
+    assert (result.met, result.confirmed, result.minimal, len(result.kept)) == (True, True, True, 2)
+    assert asked == [frozenset(result.kept)]
+
+
+def test_nothing_that_holds_on_other_images_is_a_failure_that_says_so():
+    result = found_by(BudgetConfig(cosine_min=0.9991), Bench(), confirm=lambda kept: {"cosine_min": 0.9, "cosine_mean": 0.95})
+    assert not result.met
+    assert result.reached["cosine_min"] == 0.9
+    assert "cosine_min 0.90000 on images that the search did not see" in result.failure()
+
+
 def test_a_killed_search_goes_on_where_it_was(tmp_path):
     config, path = BudgetConfig(cosine_min=0.99975), tmp_path / "budget.jsonl"
     whole = Bench()
@@ -166,7 +202,7 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
 def test_result_is_json():
     result = found_by(BudgetConfig(cosine_min=0.9991), Bench())
     value = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert set(value) == {"asked", "met", "minimal", "reached", "kept", "layers", "sensitivity", "curve", "naive"}
+    assert set(value) == {"asked", "met", "minimal", "confirmed", "reached", "kept", "layers", "sensitivity", "curve", "naive"}
     assert value["asked"]["cosine_min"] == 0.9991
     assert value["sensitivity"][0].keys() == {"layer", "cosine_min", "cosine_mean", "flops_share"}
     assert [len(p["kept"]) for p in value["curve"]] == sorted(len(p["kept"]) for p in value["curve"])
@@ -291,6 +327,9 @@ def test_accuracy_is_measured_only_where_the_cosine_is_good_enough(reference):
     bad, good, broken = (measures(frozenset(k)) for k in ([], ["a"], ["broken"]))
     assert 0 < bad["cosine_min"] < 0.99
     assert "knn_points" not in bad
+    assert measures.confirm(frozenset("a"))["cosine_min"] == pytest.approx(1)
+    assert len(measures.searched.images) == len(measures.held.images) == 10
+    assert not torch.equal(measures.searched.images, measures.held.images)
     assert good == {"cosine_min": pytest.approx(1), "cosine_mean": pytest.approx(1), "size_mb": 1.5, "knn_points": 0.0}
     assert broken["cosine_min"] is None
     assert len(asked) == 1
