@@ -215,12 +215,13 @@ def with_fake_quant(
     """A copy of a backbone whose named layers are quantized as their artifact will be; `backbone` is left as it is.
 
     Args:
-        layers: by module name (`blocks.0.attn.qkv`) the scale of its input, real = integer * scale; None leaves activations in floating
-            point (weight-only, and always for w4).
+        layers: by module name (`blocks.0.attn.qkv`) the scale of its input, real = integer * scale; None for w4, which leaves
+            activations in floating point.
         weight_scales: by name [O] or [O, G], where they are known; by default those of the least squared error.
 
     Raises:
-        UserError: no layer, an unknown one, one that is no Linear layer or patch convolution, or a scale that is not positive.
+        UserError: no layer, an unknown one, one that is no Linear layer or patch convolution, or a scale that is missing or not
+            positive.
     """
     if not layers:
         raise UserError("Quantization-aware training got no layer to quantize; shorten quantize.keep.")
@@ -236,6 +237,8 @@ def with_fake_quant(
             raise UserError(f"Cannot quantize {name!r}: it {what}{hint}.")
         if weights == "w4" and input_scale is not None:
             raise UserError(f"{name}: w4 quantizes weights only, leave out the input's scale ({input_scale}).")
+        if weights == "int8" and input_scale is None:
+            raise UserError(f"{name}: int8 needs the scale of the layer's input; calibrate first.")
         if input_scale is not None and not (math.isfinite(input_scale) and input_scale > 0):
             raise UserError(f"{name}: the input's scale must be above 0 and finite, got {input_scale}; calibrate again.")
         layer: Any = modules[name]

@@ -50,6 +50,17 @@ class MatchHead(nn.Module):
         return Features(project(self.cls, features.cls), project(self.patches, features.patches))
 
 
+def identity_match_head(dim: int, cls: bool = True, patches: bool = True) -> MatchHead:
+    """Features as they are, fixed: for a student that must keep its teacher's very features, such as one that is trained for its
+    quantization with itself in floating point as teacher. Its targets must not be standardised (`standardize: false`).
+    """
+    head = MatchHead(dim, dim, 0, cls, patches)
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.eye_(module.weight)
+    return head.requires_grad_(False)
+
+
 def match_head_parameters(dim: int, teacher_dim: int, hidden: int, parts: int = 2) -> int:
     """Trainable parameters by formula; `parts` 1 where only CLS or only patches are matched."""
     linear = dim * teacher_dim + teacher_dim

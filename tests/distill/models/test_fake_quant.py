@@ -160,7 +160,7 @@ def run(model: onnx.ModelProto, images: Tensor, level: Any) -> tuple[np.ndarray,
 
 @pytest.mark.parametrize(
     ("weights", "conv", "shape"),
-    [("int8", False, {}), ("int8", True, {"ffn": "swiglu"}), ("w4", False, {"dim": 64}), ("weights only", False, {})],
+    [("int8", False, {}), ("int8", True, {"ffn": "swiglu"}), ("w4", False, {"dim": 64})],
 )
 def test_the_exported_graph_computes_what_was_trained(tmp_path, weights, conv, shape):
     plain = backbone(**shape)
@@ -475,6 +475,7 @@ def test_copies_for_other_resolutions_stay_quantized():
         ({"blocks.0.mlp.fc1": -1.0}, "int8", "above 0"),
         ({"blocks.0.mlp.fc1": float("nan")}, "int8", "above 0"),
         ({"blocks.0.mlp.fc1": 0.1}, "w4", "weights only"),
+        ({"blocks.0.mlp.fc1": None}, "int8", "needs the scale"),
     ],
 )
 def test_what_cannot_be_quantized_is_said(layers, weights, sentence):
