@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from broken import before_softmax, unfused_attention
+from fake_tensorrt import engine_of, layer
 from onnx import ModelProto
 from requantized import requantized
 
@@ -36,43 +37,6 @@ def fp16(graphs) -> ModelProto:
 @pytest.fixture(scope="module")
 def int8(fp16) -> ModelProto:
     return requantized(fp16, "int8")
-
-
-def layer(name: str, kind: str, source: str, version: int, nodes: list[str] | None = None, tactic: str = "") -> dict:
-    """A layer as an inspector lists it: one type key in TensorRT 10, two in 11."""
-    words = {"INT8": "Int8", "FLOAT16": "Half", "FLOAT": "Float", "FP8": "FP8", "BFLOAT16": "BFloat16"}[source]
-    linear = (
-        "Row major linear FP16 format"
-        if source == "FLOAT16"
-        else f"Thirty-two wide channel vectorized row major {words} format"
-    )
-    keys = {"Format/Datatype": linear} if version == 10 else {"Format": "kLINEAR", "DataType": words}
-    tensors = [{"Name": "a", "Location": "Device", "Dimensions": [1, 17, 192], **keys}]
-    metadata = "\x1e".join(f"[ONNX Layer: {n}]" for n in nodes or [])
-    return {
-        "Name": name,
-        "LayerType": kind,
-        "Inputs": tensors,
-        "Outputs": tensors,
-        "TacticName": tactic,
-        "StreamId": 0,
-        "Metadata": metadata,
-    }
-
-
-def engine_of(graph: ModelProto, version: int, linear: str, fused: bool = True, except_for: str = "-") -> dict:
-    """What an inspector would say of an engine whose linear layers run in `linear`."""
-    products = prove(graph).products
-    layers = [layer("Reformatting CopyNode for Input Tensor 0 to patch_embed.proj", "Reformat", "FLOAT", version)]
-    for p in products:
-        if p.kind == "attention" and fused:
-            continue
-        type_ = "FLOAT16" if p.kind != "linear" or except_for in p.name else linear
-        layers.append(layer(f"{p.name}_myl0_3", "gemm", type_, version, [p.name], "sm80_xmma_gemm"))
-    for b in attention_blocks(Anatomy(graph)) if fused else []:
-        layers.append(layer(f"_gemm_mha_v2_{b.softmax}", "kgen", "FLOAT16", version, [b.qk, b.softmax, b.av], "_gemm_mha_v2"))
-    io = {"Bindings": ["images", "cls"]} if version == 10 else {"I/O Tensors": [{"Name": "images", "IOMode": "Input"}]}
-    return {"Layers": layers, **io}
 
 
 @pytest.mark.parametrize("version", [10, 11])
