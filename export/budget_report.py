@@ -143,13 +143,19 @@ def _panels(budget: Mapping[str, Any], curve: Sequence[Mapping[str, Any]], kept:
 
 
 def _ends(name: str, point: Mapping[str, Any]) -> tuple[float, float] | None:
-    stem = name.rpartition("_")[0]
+    """A measurement's interval; of a cosine the span to its value on the images that the search did not see."""
+    stem, value = name.rpartition("_")[0], point.get(name)
     low, high = point.get(f"{stem}_low"), point.get(f"{stem}_high")
-    measured = isinstance(low, int | float) and isinstance(high, int | float)
-    return (low, high) if measured and not name.startswith("cosine") else None  # type: ignore[return-value]
+    if name.startswith("cosine") and isinstance(value, int | float):
+        again = point.get(f"confirmed_{name}")
+        low, high = (min(value, again), max(value, again)) if isinstance(again, int | float) else (None, None)
+    return (low, high) if isinstance(low, int | float) and isinstance(high, int | float) else None
 
 
 def _interval(name: str, point: Mapping[str, Any]) -> str:
+    if name.startswith("cosine"):
+        again = point.get(f"confirmed_{name}")
+        return f", {_number(name, again)} on other images" if again is not None else ""
     ends = _ends(name, point)
     return f" ({_number(name, ends[0])} to {_number(name, ends[1])})" if ends else ""
 

@@ -134,7 +134,9 @@ def test_budget_tells_what_was_asked_reached_and_kept(shown):
     (budget,) = shown.budgets
     assert budget.met
     assert "cosine of at least 0.9965 and at most 0.3 kNN points lost" in budget.sentence
-    assert "Met with 2 of 48 layers in floating point (least cosine 0.99797; kNN points lost 0.08)" in budget.sentence
+    assert "Met with 2 of 48 layers in floating point (least cosine 0.99777; kNN points lost 0.08)" in budget.sentence
+    assert "These cosines are of images that the search did not see." in budget.sentence
+    assert "2 kept: least cosine 0.99797, 0.99777 on other images" in dict(budget.panels)["Least cosine"]
     assert "Quantizing any single one of them again was measured to break the budget." in budget.sentence
     assert budget.kept == "blocks.0.mlp.fc1 (0.99375), blocks.2.mlp.fc2 (0.99862)"
     assert [title for title, _ in budget.panels] == ["Least cosine", "kNN points lost", "Latency at batch 1, ms"]
