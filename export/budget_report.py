@@ -71,8 +71,13 @@ def _sentence(budget: Mapping[str, Any], layers: int, tried: int) -> str:
     said += f"{budget.get('layers', layers)} layers in floating point ({'; '.join(got)}), found by measuring {tried} artifacts."
     said += " These cosines are of images that the search did not see." if budget.get("confirmed") else ""
     if budget.get("met") and kept:
-        every = "Quantizing any single one of them again was measured to break the budget."
-        said += f" {every}" if budget.get("minimal") else " The search ran out before it had tried to give each of them back."
+        fewer = [p for p in budget.get("curve") or [] if p.get("met") and len(p["kept"]) < kept]
+        if budget.get("minimal"):
+            said += " Quantizing any single one of them again was measured to break the budget."
+        elif fewer and budget.get("confirmed"):
+            said += " Fewer met it on the images of the search, and did not on the others."
+        else:
+            said += " The search ran out before it had tried to give each of them back."
     return said
 
 

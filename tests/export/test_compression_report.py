@@ -158,6 +158,23 @@ def test_a_budget_that_was_missed_says_so():
     assert "again was measured" not in found.sentence
 
 
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ({"minimal": False, "confirmed": True}, "Fewer met it on the images of the search, and did not on the others."),
+        ({"minimal": False, "confirmed": False}, "The search ran out before it had tried to give each of them back."),
+    ],
+)
+def test_what_is_not_proved_minimal_says_why(how, sentence):
+    value = {"asked": {"cosine_min": 0.9}, "met": True, "reached": {"cosine_min": 0.95}, "kept": ["a", "b"], "layers": 4, **how}
+    value["curve"] = [
+        {"kept": ["a"], "met": how["confirmed"], "cosine_min": 0.91},
+        {"kept": ["a", "b"], "met": True, "cosine_min": 0.95},
+    ]
+    (found,) = budget_views([{"subject": "students/a", "target": "onnx-int8", "budget": value}])
+    assert sentence in found.sentence
+
+
 def test_lint_groups_what_several_files_share(shown):
     (finding,) = shown.lint
     assert finding.files == "small, TensorRT-RTX FP16; small, TensorRT-RTX FP8"
