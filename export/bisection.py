@@ -11,11 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import ModelProto
 from torch import Tensor
 
-from export.probes import Probe
+from distill.errors import EnvironmentFailed, GateFailed
+from distill.models.kinds import AnyBackbone
+from export.artifact import Artifact, Unrunnable
+from export.engine import one_line
+from export.graph import torch_graph
+from export.probes import EngineProbe, OnnxProbe, OpenVinoProbe, Probe, TorchProbe
+from export.runtimes import why_unrunnable
+from export.typed import retype
 
-BATCH = 4
+BATCH, IMAGES = 4, 8
+LARGE = 0.25
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,53 @@ def first_guilty(reference: Probe, suspect: Probe, images: Tensor, gate: float) 
     return Guilty(blocks[bad], layer, before, meter.stream(blocks[bad]), cosine, meter.compared)
 
 
+def explain(backbone: AnyBackbone, artifact: Artifact, images: Tensor, gate: float, resolution: int | None = None) -> str:
+    """Where an artifact on disk leaves the backbone that it was made from, in words: for `parity.failed_gates`.
+
+    Args:
+        images: [B, 3, resolution, resolution]; the first IMAGES are used. gate: of the artifact's precision.
+    """
+    size = artifact.file(resolution).resolution
+    try:
+        suspect = artifact_probe(artifact, backbone, size)
+        found = first_guilty(TorchProbe(backbone.at_size(size)), suspect, images[:IMAGES], gate)
+    except (Unbisectable, Unrunnable, GateFailed, EnvironmentFailed) as e:
+        return f"which block is to blame could not be found: {one_line(e)}"
+    if found is None:
+        return f"on {len(images[:IMAGES])} images every block is above the gate"
+    return found.sentence()
+
+
+def artifact_probe(artifact: Artifact, backbone: AnyBackbone, size: int) -> Probe:
+    """The probe of an artifact's file, on the runtime that serves it.
+
+    Raises:
+        Unrunnable: this machine cannot execute it.
+    """
+    entry = artifact.file(size)
+    data = artifact.content(entry)
+    if artifact.runtime == "onnxruntime":
+        return OnnxProbe(ModelProto.FromString(data), artifact.target)
+    if reason := why_unrunnable(artifact.runtime, artifact.compute_capabilities):
+        raise Unrunnable(reason)
+    if artifact.runtime == "openvino":
+        hint = artifact.details.get("openvino", {}).get("inference_precision")
+        properties = {"INFERENCE_PRECISION_HINT": hint} if hint else {}
+        if not entry.path.endswith(".xml"):
+            return OpenVinoProbe(data, ModelProto.FromString(data), artifact.target, properties)
+        weights = next(artifact.content(e) for e in artifact.extras if e.path == f"{entry.path.removesuffix('.xml')}.bin")
+        return OpenVinoProbe((data, weights), torch_graph(backbone, size), artifact.target, properties)
+    return EngineProbe(_graph_of_engine(artifact, backbone, size), artifact, artifact.target)
+
+
+def _graph_of_engine(artifact: Artifact, backbone: AnyBackbone, size: int) -> ModelProto:
+    """What the engine was compiled from: the graph beside it, or the backbone's own in that precision."""
+    beside = [e for e in artifact.extras if e.path == f"graph_{size}.onnx"]
+    if beside:
+        return ModelProto.FromString(artifact.content(beside[0]))
+    return retype(torch_graph(backbone, size), artifact.precision)
+
+
 def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Least cosine over all vectors of the last axis; nan when a value is not finite on one side only, or on both."""
     a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (a, b))
@@ -131,7 +187,9 @@ class _Meter:
 
 
 def _worst_fall(meter: _Meter, layers: Sequence[str], before: float, gate: float) -> tuple[str, float] | None:
-    """The layer below the gate whose cosine falls most from that of the layer in front of it; the first that is not finite."""
+    """The layer to blame: the first that is not finite; else the first below the gate whose cosine falls, from that of the layer in front,
+    by at least LARGE of the worst fall. Softmax and what reads a broken layer often fall further than the broken layer itself.
+    """
     falls = []
     for layer in layers:
         cosine = meter.layer(layer)
@@ -140,7 +198,8 @@ def _worst_fall(meter: _Meter, layers: Sequence[str], before: float, gate: float
         falls.append((before - cosine, layer, cosine))
         before = cosine
     below = [f for f in falls if f[2] < gate]
-    return max(below)[1:] if below else None
+    worst = max((f[0] for f in below), default=0.0)
+    return next((f[1:] for f in below if f[0] >= LARGE * worst), None)
 
 
 def _shared(reference: Probe, suspect: Probe, block: str | None) -> list[str]:

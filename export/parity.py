@@ -1,6 +1,7 @@
 """Parity: how far an artifact's outputs are from those of what it was made from, per output, and the gates for it."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,19 +14,24 @@ from distill.rows import Row, not_measured
 from export.artifact import Artifact, Unrunnable
 from export.runtimes import open_artifact
 
-METRICS = ("cosine_min", "cosine_p1", "max_abs", "mean_abs", "nan_count")
+METRICS = ("cosine_min", "cosine_p1", "cosine_mean", "max_abs", "mean_abs", "nan_count")
 OUTPUTS = ("cls", "patches")
 
 
 class Gates(Config):
     """The least cosine, over every vector of every output, that an artifact of a precision may have to its source.
 
-    The defaults fit weights that were trained; INT8's leaves room for the worst single patch of a small network.
+    The defaults fit weights that were trained; they leave room for the worst single patch. On a ViT-S/14 of DINOv2's lineage the worst
+    of 20,000 patches had 0.9979 in BF16 (OpenVINO) and 0.9999 in FP16: its few huge activations round to 8 bits. w8 rounds only weights.
     """
 
     fp32: float = 0.9999
     fp16: float = 0.999
+    bf16: float = 0.995
     int8: float = 0.98
+    fp8: float = 0.98
+    w8: float = 0.999
+    w4: float = 0.95
 
     def problems(self) -> list[str]:
         return [f"{name} must be above -1 and at most 1, got {v}" for name, v in self if not -1 < v <= 1]
@@ -36,7 +42,7 @@ def parity_rows(
 ) -> list[Row]:
     """Run both on images [n, 3, H, W] and compare: a row per metric and output (`cls` [B, D], `patches` [B, N, D]).
 
-    `cosine_min` and `cosine_p1` (1st percentile) are over vectors: images of `cls`, tokens of `patches`; `n` counts them.
+    `cosine_min`, `cosine_p1` (1st percentile) and `cosine_mean` are over vectors: images of `cls`, tokens of `patches`; `n` counts them.
     A value that is not finite on either side has no cosine: `nan_count` counts such values, and the rest is "not measured".
     """
     assert len(images), "parity needs images"
@@ -59,6 +65,7 @@ def parity_rows(
         measured = {
             "cosine_min": float(values.min()),
             "cosine_p1": float(np.percentile(values, 1)),
+            "cosine_mean": float(values.mean()),
             "max_abs": float(peaks.max()),
             "mean_abs": float(sums.sum() / counts.sum()),
             "nan_count": float(broken.sum()),
@@ -120,20 +127,36 @@ def unrunnable_conditions(artifact: Artifact, resolution: int | None = None) -> 
     }
 
 
-def failed_gates(rows: list[Row], gates: Gates) -> list[str]:
-    """One sentence for each gate that does not hold: a cosine below its precision's, or outputs that are not finite."""
-    failed = []
+def failed_gates(rows: list[Row], gates: Gates, explain: Callable[[Row], str | None] | None = None) -> list[str]:
+    """One sentence for each gate that does not hold: a cosine below its precision's, or outputs that are not finite.
+
+    Args:
+        explain: what is to blame, in words (`bisection.explain`); asked once for each file that fails, and put behind its first sentence.
+    """
+    failed, explained = [], set()
     for row in rows:
         c = row.conditions
         who = f"{row.target} of {row.subject} at {c.get('resolution', '?')} px"
-        if row.metric == "nan_count" and row.value:
-            failed.append(f"{who}: {int(row.value)} values of {c['output']} are not finite.")
-        if row.metric != "cosine_min" or row.value is None:
+        problem = _problem(row, gates)
+        if problem is None:
             continue
-        least = {"fp32": gates.fp32, "fp16": gates.fp16, "int8": gates.int8}[c["precision"]]
-        if row.value < least:
-            failed.append(
-                f"{who}: the worst of {row.n} {c['output']} vectors has cosine {row.value:.5f} to {c['source']}, "
-                f"below the gate of {least} for {c['precision']}."
-            )
+        if explain is not None and who not in explained:
+            explained.add(who)
+            problem += f"; {why}" if (why := explain(row)) else ""
+        failed.append(f"{who}: {problem}.")
     return failed
+
+
+def _problem(row: Row, gates: Gates) -> str | None:
+    c = row.conditions
+    if row.metric == "nan_count" and row.value:
+        return f"{int(row.value)} values of {c['output']} are not finite"
+    if row.metric != "cosine_min" or row.value is None:
+        return None
+    least = float(getattr(gates, c["precision"]))
+    if row.value >= least:
+        return None
+    return (
+        f"the worst of {row.n} {c['output']} vectors has cosine {row.value:.5f} to {c['source']}, "
+        f"below the gate of {least} for {c['precision']}"
+    )

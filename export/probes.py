@@ -19,6 +19,7 @@ from onnx import ModelProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from distill.models.kinds import AnyBackbone
+from export.artifact import Artifact
 from export.nodes import INPUT, OUTPUTS, constants, element_types, serialize
 from export.rounded import rounded
 from export.sessions import quiet_options
@@ -100,7 +101,7 @@ class OpenVinoProbe:
         known = {name for op in self._read().get_ops() for out in op.outputs() for name in out.get_names()}
         self._stream = {b: t for b, t in residual_stream(graph).items() if t in known}
         self._layers = {n: t for n, t in layer_outputs(graph).items() if t in known}
-        self.compiled: dict[tuple[str, ...], Any] = {}
+        self.compiled: dict[tuple[int, tuple[str, ...]], Any] = {}
 
     def stream(self) -> Mapping[str, str]:
         return self._stream
@@ -112,17 +113,18 @@ class OpenVinoProbe:
         return final_norm_of(self.graph)
 
     def run(self, images: Tensor, tensors: Sequence[str]) -> dict[str, np.ndarray]:
-        key = tuple(tensors)
+        key = len(images), tuple(tensors)
         if key not in self.compiled:
-            self.compiled = {key: self._compile(key)}
+            self.compiled = {key: self._compile(tuple(tensors), list(images.shape))}
         found = self.compiled[key]([images.float().contiguous().numpy()])
         return {t: np.array(found[t], np.float32) for t in tensors}
 
     def _read(self) -> Any:
         return self.core.read_model(*self.source) if isinstance(self.source, tuple) else self.core.read_model(self.source)
 
-    def _compile(self, tensors: tuple[str, ...]) -> Any:
+    def _compile(self, tensors: tuple[str, ...], shape: list[int]) -> Any:
         model = self._read()
+        model.reshape(shape)  # with the batch left open, OpenVINO 2026.4 fails on a tap inside its fused attention
         model.add_outputs([t for t in tensors if t not in OUTPUTS])
         for output in model.outputs:
             if output.get_element_type() != self.ov.Type.f32:
@@ -178,15 +180,10 @@ class TorchProbe:
 
 
 class EngineProbe:
-    """An engine on this machine's GPU, compiled again from its graph for every set of tensors that is looked at.
+    """An engine on this machine's GPU, compiled again from its graph for every set of tensors that is looked at."""
 
-    Args:
-        build: (ONNX file, engine file) -> None: how the engine at hand was compiled.
-        runtime: `tensorrt_rtx` or `tensorrt`.
-    """
-
-    def __init__(self, graph: ModelProto, runtime: str, build: Any, label: str = "the engine"):
-        self.graph, self.runtime, self.build, self.label = graph, runtime, build, label
+    def __init__(self, graph: ModelProto, artifact: Artifact, label: str = "the engine"):
+        self.graph, self.artifact, self.label = graph, artifact, label
         self.engines: dict[tuple[str, ...], Any] = {}
 
     def stream(self) -> Mapping[str, str]:
@@ -199,20 +196,26 @@ class EngineProbe:
         return final_norm_of(self.graph)
 
     def run(self, images: Tensor, tensors: Sequence[str]) -> dict[str, np.ndarray]:
-        from export.runtimes import Engine
-
         key = tuple(tensors)
         if key not in self.engines:
-            with tempfile.TemporaryDirectory() as folder:
-                source, plan = Path(folder) / "tapped.onnx", Path(folder) / "tapped.engine"
-                source.write_bytes(serialize(tapped(self.graph, key)))
-                self.build(source, plan)
-                self.engines = {key: Engine(self.runtime, plan.read_bytes(), "the engine with taps")}
+            self.engines = {key: self._compiled(key)}
         engine = self.engines[key]
         with torch.cuda.stream(engine.stream):
             found = engine.infer(images.to("cuda", torch.float32).contiguous())
             values = {name: value.float().cpu().numpy() for name, value in found.items()}
         return {t: values[name] for t, name in zip(key, tap_names(self.graph, key), strict=True)}
+
+    def _compiled(self, tensors: tuple[str, ...]) -> Any:
+        from export.engine import build_engine, gpu_capability
+        from export.runtimes import Engine
+
+        here, runtime = gpu_capability(), self.artifact.runtime
+        assert here is not None
+        with tempfile.TemporaryDirectory() as folder:
+            source, plan = Path(folder) / "tapped.onnx", Path(folder) / "tapped.engine"
+            source.write_bytes(serialize(tapped(self.graph, tensors)))
+            build_engine(source, plan, runtime, self.artifact.precision, (1, 4, 16), [here])  # type: ignore[arg-type]
+            return Engine(runtime, plan.read_bytes(), f"{self.label} with taps")
 
 
 def tapped(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
