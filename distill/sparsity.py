@@ -4,12 +4,15 @@ Ampere on (flag SPARSE_WEIGHTS). Masks are chosen once, by magnitude, and held t
 Shape legend: O outputs, I inputs.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.models.backbone import Backbone
+from distill.models.headed import HeadedBackbone
 from distill.models.kinds import AnyBackbone
 
 
@@ -33,10 +36,10 @@ def block_linears(backbone: AnyBackbone) -> dict[str, nn.Linear]:
 
 
 class Sparsity24:
-    """Masks of a backbone's blocks, by the magnitudes that it has now.
+    """Masks of a backbone's blocks, by the magnitudes that it has now. A training that is resumed needs the same masks: make them of the
+    model as it was before the training, not of a checkpoint.
 
-    Call `apply_` after every optimiser step; of a moving average of sparse weights nothing needs to be done, since zeros stay zero once
-    the average has them (call `apply_` on it too at the start: `Sparsity24(student).apply_(average)`).
+    A moving average of sparse weights is sparse once its own weights have been through `apply_`; `hold` sees to both.
 
     Raises:
         UserError: the backbone is not one of ours, or a layer's inputs are no multiple of 4.
@@ -59,3 +62,15 @@ class Sparsity24:
             if mask.device != layer.weight.device:
                 mask = self.masks[name] = mask.to(layer.weight.device)
             layer.weight.mul_(mask)
+
+
+def hold(masks: dict[str, Sparsity24]) -> Callable[[dict[str, nn.Module]], None]:
+    """`after_step` of a training (distill/train.py) of students that are sparse, by name; others pass as they are."""
+
+    def after_step(models: dict[str, nn.Module]) -> None:
+        for name, model in models.items():
+            if name in masks:
+                assert isinstance(model, HeadedBackbone)
+                masks[name].apply_(model.backbone)
+
+    return after_step

@@ -5,10 +5,19 @@ from typing import Any
 import pytest
 import torch
 
+from distill.data.crops import CropsConfig
+from distill.data.scenes import ScenesConfig
 from distill.errors import UserError
 from distill.models.backbone import Backbone, BackboneConfig
+from distill.models.headed import HeadedBackbone
+from distill.models.heads import DINOHead, HeadConfig
 from distill.models.timm_backbone import TimmBackbone, TimmConfig
-from distill.sparsity import Sparsity24, block_linears, is_2_4, mask_2_4
+from distill.objectives import ObjectivesConfig
+from distill.optim import OptimConfig
+from distill.progress import Progress
+from distill.runtime import RuntimeConfig
+from distill.sparsity import Sparsity24, block_linears, hold, is_2_4, mask_2_4
+from distill.train import TrainConfig, train
 
 torch.set_num_threads(1)
 
@@ -72,6 +81,24 @@ def test_masks_hold_through_training_in_the_model_and_its_average(ffn):
         assert is_2_4(block_linears(average)[name].weight)
         assert torch.equal(layer.weight != 0, mask_2_4(before[name]))  # where the largest were, and nowhere else
     assert not is_2_4(model.patch_embed.proj.weight.flatten(1))
+
+
+def test_recovery_by_the_training_loop_keeps_the_zeros(tmp_path):
+    head = HeadConfig(prototypes=16, hidden=32, bottleneck=16, init="fan_in")
+    student, teacher, other = (HeadedBackbone(tiny(), DINOHead(32, head), DINOHead(32, head)) for _ in range(3))
+    training = TrainConfig(
+        images=24, batch=8, precision="fp32", crops=CropsConfig(global_size=32, local_size=16, local_count=1),
+        objectives=ObjectivesConfig(koleo=0.0), optim=OptimConfig(lr=0.02),
+    )  # fmt: skip
+    found = train(
+        training, {"sparse": student, "other": other}, teacher, ScenesConfig(count=20, size=32).build(), "per_image", tmp_path, 1,
+        RuntimeConfig(workers=0, threads=1), Progress("quiet"), after_step=hold({"sparse": Sparsity24(student.backbone)}),
+    )  # fmt: skip
+    start = block_linears(tiny())
+    for name, layer in block_linears(found["sparse"].backbone).items():
+        assert is_2_4(layer.weight)
+        assert not torch.equal(layer.weight, start[name].weight * mask_2_4(start[name].weight))  # what is left did learn
+    assert not any(is_2_4(m.weight) for m in block_linears(found["other"].backbone).values())
 
 
 def test_widths_and_networks_that_cannot_be_sparse_are_refused():
