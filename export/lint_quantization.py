@@ -11,6 +11,7 @@ from onnx import NodeProto
 
 from export.anatomy import DEQUANTIZE, LAYOUT, QUANTIZE, Anatomy, label
 from export.lint_rules import Case, Hit, rule
+from export.split_qkv import quantized_qkv
 
 NORMS = {
     "LayerNormalization",
@@ -278,6 +279,19 @@ def int8_attention_tokens(case: Case) -> Iterator[Hit]:
     for block in case.attention:
         if types.get(block.qk) == "INT8" and (block.tokens or 0) > INT8_ATTENTION_TOKENS:
             yield Hit(block.qk, f"the attention {block.qk} is INT8 over {block.tokens} tokens")
+
+
+@rule(
+    "quantized-qkv-cut",
+    "note",
+    reason="TensorRT-RTX moves the cuts into the weight and, where that has a scale for each channel, runs the product in floating point",
+    cure="Make it three layers for TensorRT-RTX (decant's rtx targets may: export.split_qkv), or give its weight one scale.",
+    tensorrt_only=True,
+)
+def quantized_qkv_cut(case: Case) -> Iterator[Hit]:
+    """A quantized QKV layer whose output is cut into Q, K and V."""
+    for layer, _ in quantized_qkv(case.anatomy):
+        yield Hit(label(layer), f"the 8-bit output of {label(layer)} is cut into Q, K and V")
 
 
 @rule(
