@@ -68,6 +68,10 @@ class Measures:
         """The cheap part on the images that the search does not see: the `confirm` of `budget.search`."""
         return self._measured(self.make(kept), self.held)
 
+    def of(self, candidate: Candidate) -> Measured:
+        """The cheap part for an artifact that was made otherwise."""
+        return self._measured(candidate, self.searched)
+
     def __call__(self, kept: Kept) -> Measured:
         """All that the budget asks for; accuracy only where the cosine is good enough."""
         candidate = self.make(kept)

@@ -2,18 +2,22 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from distill.files import sha256_file, write_bytes
 from export.artifact import Artifact, ArtifactFile
 from export.benchmark import BenchmarkConfig
-from export.budget import LEDGER, BudgetResult, Kept, Ledger, search, sensitivity
+from export.budget import LEDGER, BudgetResult, Kept, Ledger, Measured, search, sensitivity
 from export.budget_measures import Candidate, GalleryLoss, Measures, add_latency
 from export.calibration import Calibration
 from export.graph import load_graph, serialize
+from export.naive import quantize_everything
 from export.plan import plan_graph
 from export.quantize import QuantizeConfig, quantize
 from export.runtimes import OnnxEncoder, open_artifact
 from export.targets import Job
 
+NAIVE_IMAGES = 32
 TIMING = BenchmarkConfig(batches=[1], seconds=1.0, rounds=10, warmup_seconds=0.5)
 
 
@@ -46,11 +50,17 @@ def search_kept(
     }
     ledger = Ledger(job.out / LEDGER, identity)
     title = f"{job.target} of {job.student}"
-    found = sensitivity(
-        layers, measures.cosine, Ledger(job.out / "sensitivity.jsonl", identity), job.progress, f"{title}: sensitivity"
-    )
-    result = search(budget, found, measures, ledger, job.progress, f"{title}: budget")
+    found = sensitivity(layers, measures.cosine, ledger, job.progress, f"{title}: sensitivity")
+    naive = _naive(job, entry, path, images, measures) if precision == "int8" else None
+    result = search(budget, found, measures, ledger, job.progress, f"{title}: budget", naive, measures.confirm)
     return add_latency(result, make, entry.resolution, TIMING)
+
+
+def _naive(job: Job, entry: ArtifactFile, path: Path, images: Tensor, measures: Measures) -> Measured:
+    """What a plan without knowledge of the network would give, for the report: everything quantized."""
+    calibrating = job.images.training(NAIVE_IMAGES, entry.resolution)
+    data = serialize(quantize_everything(path, calibrating))
+    return measures.of(_candidate(job, entry, data))
 
 
 def _bytes(path: Path, calibration: Calibration, settings: QuantizeConfig, precision: str, kept: Kept) -> bytes:

@@ -17,8 +17,9 @@ from distill.errors import UserError
 from distill.files import read_json, sha256_file, write_bytes, write_json
 from distill.models.checkpoints import load_backbone, load_preprocess
 from distill.models.kinds import AnyBackbone
+from distill.progress import Progress
 from distill.sparsity import block_linears, is_2_4
-from export.artifact import Artifact, ArtifactFile, ExtraFile, TensorSpec
+from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile, TensorSpec
 from export.budgeted import search_kept
 from export.calibrate import calibrate
 from export.calibration import Calibration
@@ -30,10 +31,37 @@ from export.openvino_graph import for_openvino
 from export.proof import prove, refuse
 from export.quantize import QuantizeConfig, quantize
 from export.runtimes import why_unrunnable
-from export.targets import PLAN, Job, at_resolution
+from export.split_qkv import split_qkv
+from export.targets import PLAN, ExportConfig, Images, Job, Target, at_resolution
 
 CALIBRATION, QUANTIZATION = "calibration_{}.json", "quantization.json"
 HALF_IMAGES = 8  # training images that tell whether a half-precision graph overflows
+
+
+def build_target(
+    target: Target,
+    config: ExportConfig,
+    student: str,
+    model_folder: Path,
+    sources: dict[str, Path],
+    images: Images,
+    out: Path,
+    progress: Progress,
+) -> Artifact:
+    """Write the artifact of one target into `out`: a file a resolution, then `artifact.json`.
+
+    Args:
+        model_folder: of the model (model.json, weights, and of one trained for its quantization quantization.json).
+        sources: folder of each of `prerequisites(target)`.
+
+    Raises:
+        EnvironmentFailed: the runtime that compiles is missing; the run goes on and the target's rows say "not measured".
+        UserError: settings that do not fit the model. GateFailed: the artifact is not what its name says.
+    """
+    (out / NAME).unlink(missing_ok=True)  # while files are being replaced the folder is not an artifact
+    out.mkdir(parents=True, exist_ok=True)
+    job = Job(target, config, student, model_folder, sources, images, out, progress)
+    return BUILDERS[job.spec.build](job).write()
 
 
 def float_graphs(job: Job) -> Artifact:
@@ -108,7 +136,14 @@ def _as_trained(settings: QuantizeConfig, path: Path, trained: Calibration) -> Q
     """The settings that quantize those layers and no others, and change nothing that training has settled."""
     from export.plan import plan_graph
 
-    plain: dict[str, Any] = {"smooth": None, "bias_correction": False, "rounding": "nearest", "attention": False, "keep": []}
+    plain: dict[str, Any] = {
+        "smooth": None,
+        "offset": False,
+        "bias_correction": False,
+        "rounding": "nearest",
+        "attention": False,
+        "keep": [],
+    }
     plain["patch_embed"] = "patch_embed.proj" in trained.layers
     everything = settings.model_copy(update=plain)
     names = [e.layer for e in plan_graph(load_graph(path), everything, trained.precision) if e.decision == trained.precision]
@@ -226,6 +261,8 @@ def _half_quantized(job: Job, source: Artifact, entry: ArtifactFile) -> tuple[Pa
     keep = {"keep": [e["layer"] for e in quantized.details["plan"][size] if e["decision"] == "keep" and e["kind"] != "Class"]}
     settings = job.config.quantize.model_copy(update=keep)
     graph, plan = quantize(load_graph(source.path(entry)), calibration, settings, job.spec.precision)
+    if job.spec.precision in ("int8", "fp8"):
+        graph = split_qkv(graph)  # TensorRT-RTX runs a quantized qkv layer in FP16 otherwise
     path = job.out / f"graph_{size}.onnx"
     write_bytes(path, serialize(graph))
     return path, [e.to_json() for e in plan]
@@ -264,7 +301,9 @@ class _Made:
             refuse(proof, job.spec.precision, f"{job.target} of {job.student} ({name})", kept)
         self.details.setdefault("proof", {})[str(size)] = proof.to_json()
         self.details.setdefault("matmul_types", {})[str(size)] = type_counts(graph)
-        self.details.setdefault("lint", {})[str(size)] = [f.to_json() for f in lint(graph, name, job.spec.precision)]
+        self.details.setdefault("lint", {})[str(size)] = [
+            f.to_json() for f in lint(graph, name, job.spec.precision, job.reader)
+        ]
 
     def plan(self, size: str) -> list[dict[str, Any]] | None:
         return self.details.get("plan", {}).get(size)

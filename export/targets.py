@@ -1,4 +1,4 @@
-"""What can be exported: a table of targets, the settings of an export, and the entry that builds one. How, is in `builders.py`."""
+"""What can be exported: a table of targets and the settings of an export. How each is built, is in `builders.py`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from torch import Tensor
 from distill.config import Config
 from distill.data.preprocess import Preprocess
 from distill.progress import Progress
-from export.artifact import NAME, Artifact, Precision, Runtime
+from export.artifact import Artifact, Precision, Runtime, read_artifact
 from export.engine import RTX_CAPABILITIES
 from export.engine_config import EngineConfig
 from export.parity import Gates
@@ -161,9 +161,12 @@ class Job:
     def spec(self) -> Spec:
         return SPECS[self.target]
 
-    def source(self, target: str) -> Artifact:
-        from export.artifact import read_artifact
+    @property
+    def reader(self) -> Literal["tensorrt", "onnxruntime", "openvino"]:
+        """Who will run the graph, as lint names them. An ONNX file of ours is also what engines are compiled from."""
+        return "openvino" if self.spec.runtime == "openvino" else "onnxruntime" if not self.spec.ours else "tensorrt"
 
+    def source(self, target: str) -> Artifact:
         assert target in self.sources, f"{self.target} needs the folder of {target}"
         return read_artifact(self.sources[target])
 
@@ -181,34 +184,6 @@ def in_order(targets: list[Target]) -> list[Target]:
             if needed not in order:
                 order.append(needed)
     return order
-
-
-def build_target(
-    target: Target,
-    config: ExportConfig,
-    student: str,
-    model_folder: Path,
-    sources: dict[str, Path],
-    images: Images,
-    out: Path,
-    progress: Progress,
-) -> Artifact:
-    """Write the artifact of one target into `out`: a file a resolution, then `artifact.json`.
-
-    Args:
-        model_folder: of the model (model.json, weights, and of one trained for its quantization quantization.json).
-        sources: folder of each of `prerequisites(target)`.
-
-    Raises:
-        EnvironmentFailed: the runtime that compiles is missing; the run goes on and the target's rows say "not measured".
-        UserError: settings that do not fit the model. GateFailed: the artifact is not what its name says.
-    """
-    from export.builders import BUILDERS
-
-    (out / NAME).unlink(missing_ok=True)  # while files are being replaced the folder is not an artifact
-    out.mkdir(parents=True, exist_ok=True)
-    job = Job(target, config, student, model_folder, sources, images, out, progress)
-    return BUILDERS[job.spec.build](job).write()
 
 
 def at_resolution(preprocess: Preprocess, size: int) -> Preprocess:

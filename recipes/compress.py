@@ -13,28 +13,40 @@ from torch import nn
 from distill.files import read_json, write_json
 from distill.importance import measure
 from distill.models.backbone import Backbone, BackboneConfig
-from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, model_info, save_model
+from distill.models.checkpoints import load_backbone, load_heads, load_into, load_preprocess, model_info, save_model
 from distill.models.fake_quant import FORMAT, strip, with_fake_quant
 from distill.models.headed import HeadedBackbone
+from distill.models.match_head import MatchHead, identity_match_head
 from distill.progress import Progress
 from distill.prune import Cost, PruneReport, macs, prune
 from distill.sparsity import Sparsity24
 from recipes.data import Data
 from recipes.derived import PrunedConfig, RecoveryConfig
 from recipes.schema import Recipe
-from recipes.work import Work, fresh_model, load_teacher_model, run_training, save_trained, student_seed, targets_cache
+from recipes.work import (
+    MATCH,
+    Work,
+    fresh_model,
+    load_teacher_model,
+    run_training,
+    save_match,
+    save_trained,
+    student_seed,
+    targets_cache,
+)
 
 PRUNING, QUANTIZATION = "pruning.json", "quantization.json"
 
 
 def load_student(r: Recipe, folder: Path, teacher_dim: int) -> HeadedBackbone:
-    """A trained student with the heads that it was trained with. A matching head is not kept with a model, so a fresh one is made."""
+    """A trained student with the heads that it was trained with: the gradient through fresh ones would undo what it has learned."""
     asked = r.distill.objectives
     backbone = load_backbone(folder)
     heads = load_heads(folder, backbone.dim) if asked.needs_heads() else {}
     match = None
     if asked.match is not None:
-        match = fresh_model(backbone.config, *r.heads_of(next(iter(r.students))), r.seed, asked, teacher_dim).match
+        parts = {"cls": asked.match.cls > 0, "patches": asked.match.patches > 0}
+        match = load_into(MatchHead(backbone.dim, teacher_dim, asked.match.hidden, **parts), folder / MATCH)
     return HeadedBackbone(backbone, heads.get("dino"), heads.get("ibot"), match)
 
 
@@ -79,6 +91,7 @@ def pruned(r: Recipe, data: Data, run: Path, name: str) -> Work:
         final = load_student(r, before, teacher.backbone.dim)
         write_json(folder / PRUNING, _whole(config, reports, final.backbone))
         lineage = model_info(before)["lineage"] | {"kind": "pruned", "of": r.subjects()[config.of], "seed": r.seed}
+        save_match(folder, final)
         save_model(folder, final.backbone, r.input.preprocess(), final.heads(), lineage)
 
     return work
@@ -198,15 +211,20 @@ def qad(r: Recipe, data: Data, run: Path, name: str) -> Work:
         if (folder / "model.json").exists() and (folder / QUANTIZATION).exists():
             (folder / "checkpoint.safetensors").unlink(missing_ok=True)
             return
-        training = config.train.training(r.distill)
-        teacher = load_teacher_model(run / "teacher", r.distill.objectives)
-        student = load_student(r, run / r.subjects()[config.of], teacher.backbone.dim)
+        training, before = config.training(r.distill), run / r.subjects()[config.of]
+        if config.teacher == "itself":
+            teacher = HeadedBackbone(load_backbone(before))
+            teacher_normalize: str = r.input.normalize
+            student = HeadedBackbone(load_backbone(before), match=identity_match_head(teacher.backbone.dim))
+        else:
+            teacher = load_teacher_model(run / "teacher", r.distill.objectives)
+            teacher_normalize = load_preprocess(run / "teacher").normalize
+            student = load_student(r, before, teacher.backbone.dim)
         torch.manual_seed(r.seed * 1000 + 700)
         scales = input_scales(r, data, student, config.weights)
         student.backbone = with_fake_quant(student.backbone, scales, config.weights, config.learn_scales)
         trained = run_training(
-            r, data, training, {name: student}, folder, progress, f"qad/{name}", {name: f"qad/{name}"}, teacher,
-            load_preprocess(run / "teacher").normalize,
+            r, data, training, {name: student}, folder, progress, f"qad/{name}", {name: f"qad/{name}"}, teacher, teacher_normalize,
             cache=targets_cache(r, data, run, training) if training.cache is not None else None,
         )[name]  # fmt: skip
         trained.backbone, quantization = strip(trained.backbone)
@@ -225,7 +243,14 @@ def input_scales(r: Recipe, data: Data, student: HeadedBackbone, weights: str) -
 
     # Smoothing and corrections move numbers between layers, which training does better; only the scales are taken.
     settings: QuantizeConfig = r.export.quantize.model_copy(
-        update={"smooth": None, "bias_correction": False, "rounding": "nearest", "attention": False, "budget": None}
+        update={
+            "smooth": None,
+            "offset": False,
+            "bias_correction": False,
+            "rounding": "nearest",
+            "attention": False,
+            "budget": None,
+        }
     )
     precision = "int8" if weights == "int8" else "w4"
     with tempfile.TemporaryDirectory() as folder:

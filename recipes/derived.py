@@ -7,6 +7,8 @@ fewer images and a lower learning rate.
 from typing import Literal
 
 from distill.config import Config
+from distill.losses.matching import MatchConfig
+from distill.objectives import ObjectivesConfig
 from distill.optim import OptimConfig
 from distill.prune import PruneConfig
 from distill.train import TrainConfig
@@ -76,11 +78,27 @@ class QadConfig(Config):
     Attributes:
         of: the student, or pruned model, that it starts from.
         weights: `int8` (with int8 activations) or `w4` (4-bit weights alone); which layers, `export.quantize` says.
+        teacher: `itself`: the same model in floating point, whose very features are matched, so that nothing but the quantization is
+            learned; or `teacher`: the recipe's, live or from its cached targets, with the student's own heads, in which learning goes on.
         learn_scales: train the scales too (LSQ), or keep those of the calibration.
-        train: how long and how fast.
+        train: how long and how fast. A trained network wants a low rate: 1e-5 for a ViT-S and larger.
     """
 
     of: str
     weights: Literal["int8", "w4"] = "int8"
+    teacher: Literal["itself", "teacher"] = "itself"
     learn_scales: bool = True
     train: RecoveryConfig
+
+    def training(self, distill: TrainConfig) -> TrainConfig:
+        """The distillation's settings with this one's, and of a model that teaches itself with feature matching alone."""
+        found = self.train.training(distill)
+        if self.teacher == "teacher":
+            return found
+        match = MatchConfig(hidden=0, standardize=False)
+        objectives = ObjectivesConfig(dino=0.0, ibot=0.0, koleo=0.0, match=match)
+        crops = found.crops.model_copy(update={"local_count": 0})
+        changes = {"weight_decay": (0.0, 0.0), "ema": self.train.ema or (0.9, 0.99)}
+        optim = found.optim.model_copy(update=changes)
+        update = {"objectives": objectives, "crops": crops, "optim": optim, "masks": None, "cache": None, "teacher_size": None}
+        return found.model_copy(update=update)

@@ -38,7 +38,8 @@ def export(r: Recipe, data: Data, run: Path, name: str, target: Target) -> Work:
     subject = r.subjects()[name]
 
     def work(folder: Path, progress: Progress) -> None:
-        from export.targets import Images, build_target, prerequisites
+        from export.builders import build_target
+        from export.targets import Images, prerequisites
 
         sources: dict[str, Path] = {t: run / "export" / name / t for t in prerequisites(target)}
         seen = r.input.preprocess()
@@ -270,6 +271,7 @@ def benchmark(r: Recipe, run: Path) -> Work:
 
 def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
     def work(folder: Path, progress: Progress) -> None:
+        from export.labels import label_of
         from export.pictures import pca_strip
         from export.report import write_report
 
@@ -277,7 +279,9 @@ def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
         models = {"teacher": run / "teacher"} | {s: run / s for s in r.subjects().values()}
         encoders = {name: torch_encoder(path) for name, path in models.items()}
         pictures = data.pictures("test", STRIP_IMAGES)
-        strip = pca_strip(pictures, encoders, {name: load_preprocess(path) for name, path in models.items()})
+        named = {name: label_of(name, "torch-fp32") for name in models}
+        seen = {named[name]: load_preprocess(path) for name, path in models.items()}
+        strip = pca_strip(pictures, {named[name]: encoder for name, encoder in encoders.items()}, seen)
         controls = [f"control/{n}" for n in r.controls()]
         write_report(run, folder, rows, r.report, strip=strip, models=[*models, *controls], stages=stages)
 

@@ -17,7 +17,7 @@ from distill.encoder import TorchEncoder
 from distill.errors import UserError
 from distill.files import sha256_file
 from distill.memory import refuse_if_too_large, training_bytes_of
-from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, model_info, save_model
+from distill.models.checkpoints import load_backbone, load_heads, load_preprocess, model_info, save_model, save_tensors
 from distill.models.foreign import load_teacher
 from distill.models.headed import HeadedBackbone
 from distill.models.heads import DINOHead, HeadConfig
@@ -34,6 +34,7 @@ from recipes.data import Data
 from recipes.schema import Recipe
 
 Work = Callable[[Path, Progress], None]
+MATCH = "match.safetensors"
 
 
 def fresh_model(
@@ -110,9 +111,17 @@ def save_trained(
     }
     if PartialState().is_main_process:
         for folder, model in models.items():
+            save_match(folder, model)
             save_model(folder, model.backbone, preprocess or r.input.preprocess(), model.heads(), lineage)
         (stage / "checkpoint.safetensors").unlink(missing_ok=True)
     PartialState().wait_for_everyone()
+
+
+def save_match(folder: Path, model: HeadedBackbone) -> None:
+    """A trained projector, for trainings that go on with this model (recovery after pruning)."""
+    if model.match is not None and any(p.requires_grad for p in model.match.parameters()):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / MATCH, model.match.state_dict())
 
 
 def pretrain(r: Recipe, data: Data) -> Work:

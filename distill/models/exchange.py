@@ -77,6 +77,8 @@ def export_weights(folder: Path, to: str, out: Path, heads: bool = False) -> Wri
         raise UserError(f"The heads cannot be written: {why}.")
     if isinstance(backbone, TimmBackbone) and to != "timm":
         raise UserError(f"{folder} holds timm's {backbone.config.name}, which can go to timm only.")
+    if isinstance(backbone.config, BackboneConfig) and not backbone.config.regular():
+        raise UserError(f"{folder} was pruned to blocks of different widths, which no other library's Vision Transformer has.")
     is_file = out.suffix in FILES
     if is_file and to == "transformers":
         raise UserError(f"{out} names a file, and transformers reads folders: name a folder.")
