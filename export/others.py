@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,6 +97,9 @@ def nncf(source: Path, images: Tensor, out: Path) -> list[Path]:
         arrays = [np.ascontiguousarray(x.numpy()) for x in images.split(1)]
         data = package.Dataset(arrays, lambda x: {INPUT: x})
         quantized = package.quantize(model, data, model_type=package.ModelType.TRANSFORMER, subset_size=len(arrays))
+        for i, op in enumerate(quantized.get_ordered_ops()):
+            if re.fullmatch(r"[A-Za-z]+_\d+", op.get_friendly_name()):  # numbered by what the process has made before
+                op.set_friendly_name(f"{op.get_type_name()}_{i}")
         ov.save_model(quantized, part, compress_to_fp16=False)
     part.with_suffix(".bin").replace(weights)
     part.replace(xml)
