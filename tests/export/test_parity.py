@@ -1,19 +1,21 @@
 """Parity rows and gates: what is close passes, what is not is named, what cannot be run is not measured."""
 
+import copy
 import math
 
 import pytest
 import torch
 from test_runtimes import artifact_of
-from tiny import pictures
+from tiny import backbone, pictures
 from torch import Tensor
 
 from distill.encoder import Features, TorchEncoder
 from distill.rows import Row
 from export import runtimes
-from export.graph import load_graph, serialize
+from export.bisection import explain
+from export.graph import export_onnx
+from export.others import OTHERS
 from export.parity import METRICS, Gates, artifact_parity, failed_gates, parity_rows, unmeasured_parity
-from export.quantize import QuantizeConfig, activation_scales, quantize
 
 CONDITIONS = {"runtime": "fake 1.0", "precision": "int8", "device": "cpu", "resolution": 32, "artifact_sha256": "abc"}
 
@@ -62,6 +64,7 @@ def test_numbers_against_plain_formulas():
     want = Fake()(images).patches
     cosines = torch.cosine_similarity(want, want + noise, dim=-1).flatten()
     assert value(rows, "cosine_min", "patches") == pytest.approx(float(cosines.min()), abs=1e-5)
+    assert value(rows, "cosine_mean", "patches") == pytest.approx(float(cosines.mean()), abs=1e-5)
     assert value(rows, "cosine_p1", "patches") == pytest.approx(float(cosines.quantile(0.01)), abs=1e-5)
     assert value(rows, "max_abs", "patches") == pytest.approx(float(noise.abs().max()), rel=1e-4)
     assert value(rows, "mean_abs", "patches") == pytest.approx(float(noise.abs().mean()), rel=1e-4)
@@ -81,7 +84,7 @@ def test_one_bad_token_of_many_fails_the_gate_and_is_named():
     )
 
 
-@pytest.mark.parametrize(("precision", "gate"), [("fp32", 0.9999), ("fp16", 0.999), ("int8", 0.98)])
+@pytest.mark.parametrize(("precision", "gate"), list(Gates()))
 def test_each_precision_has_its_gate(precision, gate):
     def row(v: float) -> Row:
         c = {"output": "cls", "source": "torch-fp32", "precision": precision, "resolution": 32}
@@ -105,7 +108,7 @@ def test_values_that_are_not_finite(bad, side):
     assert value(rows, "nan_count", "cls") == 0
     assert value(rows, "cosine_min", "cls") == pytest.approx(1)
     unmeasured = {r.metric: r.reason for r in rows if r.status == "not measured"}
-    assert set(unmeasured) == {"cosine_min", "cosine_p1", "max_abs", "mean_abs"}
+    assert set(unmeasured) == {"cosine_min", "cosine_p1", "cosine_mean", "max_abs", "mean_abs"}
     assert unmeasured["cosine_min"] == f"5 of {3 * 16 * 192} values of patches are not finite"
     assert failed_gates(rows, Gates()) == ["onnx-int8 of students/small at 32 px: 5 values of patches are not finite."]
 
@@ -117,14 +120,34 @@ def test_real_artifacts_against_torch(graphs, tmp_path):
     rows = artifact_parity(reference, artifact_of(path, tmp_path / "fp32", size), images, "students/small", "torch-fp32", size)
     assert failed_gates(rows, Gates()) == []
     assert value(rows, "cosine_min", "patches") > 0.999999
-    int8, _ = quantize(load_graph(path), activation_scales(path, pictures(16, size), QuantizeConfig()), QuantizeConfig())
-    (tmp_path / "q.onnx").write_bytes(serialize(int8))
-    artifact = artifact_of(tmp_path / "q.onnx", tmp_path / "int8", size, target="onnx-int8", precision="int8")
+    (int8,) = OTHERS["onnx-int8-dynamic"](path, images, tmp_path)
+    artifact = artifact_of(int8, tmp_path / "int8", size, target="onnx-int8-dynamic", precision="int8")
     rows = artifact_parity(reference, artifact, images, "students/small", "torch-fp32", threads=1)
     assert failed_gates(rows, Gates()) == []
-    assert 0.98 < value(rows, "cosine_min", "patches") < 0.99999
+    assert 0.98 < value(rows, "cosine_min", "patches") < value(rows, "cosine_mean", "patches") < 0.99999
     assert {r.conditions["threads"] for r in rows} == {1}
     assert failed_gates(rows, Gates(int8=0.99999)), "the gate reads the rows"
+
+
+def test_a_failing_gate_names_the_first_guilty_block(tmp_path):
+    model, size, images = backbone(depth=4), 32, pictures(4, 32)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_parameter("blocks.2.mlp.fc1.weight")[::2] *= -1
+    export_onnx(broken, tmp_path / "m.onnx", size)
+    artifact = artifact_of(tmp_path / "m.onnx", tmp_path / "a", size)
+    rows = artifact_parity(TorchEncoder(model), artifact, images, "students/small", "torch-fp32", size)
+    asked: list[Row] = []
+
+    def explained(row: Row) -> str:
+        asked.append(row)
+        return explain(model, artifact, images, Gates().fp32, row.conditions["resolution"])
+
+    first, second = failed_gates(rows, Gates(), explained)
+    assert "below the gate of 0.9999 for fp32; the first guilty block is blocks.2 (in it blocks.2.mlp.fc1, cosine " in first
+    assert first.endswith("behind it.")
+    assert "guilty" not in second, "one explanation for a file, whatever fails in it"
+    assert len(asked) == 1
 
 
 def test_an_artifact_that_cannot_run_here(tmp_path, monkeypatch):

@@ -11,11 +11,13 @@ from tiny import pictures
 
 from distill.data.preprocess import Preprocess
 from distill.encoder import Encoder, TorchEncoder
-from distill.errors import UserError
+from distill.errors import EnvironmentFailed, UserError
 from distill.files import read_json, sha256_file, write_json
 from export import runtimes
-from export.artifact import Artifact, ArtifactFile, TensorSpec, Unrunnable, read_artifact
-from export.runtimes import EngineEncoder, OnnxEncoder, open_artifact, why_unrunnable
+from export.artifact import Artifact, ArtifactFile, ExtraFile, TensorSpec, Unrunnable, read_artifact
+from export.runtimes import EngineEncoder, OnnxEncoder, OpenVinoEncoder, open_artifact, why_unrunnable
+
+OPENVINO = {"runtime": "openvino", "target": "openvino-fp32"}
 
 
 def artifact_of(path: Path, folder: Path, size: int, **changes: Any) -> Artifact:
@@ -172,6 +174,102 @@ def test_an_engine_that_does_not_load(engine_artifact, monkeypatch):
     with pytest.raises(Unrunnable, match=r"tensorrt_rtx 1.7 cannot load m.engine: it gave no reason"):
         EngineEncoder(engine_artifact, engine_artifact.files[0])
     assert trt.done == ["validity", "deserialize"]
+
+
+class TestOpenVino:
+    """An OpenVINO artifact is an ONNX graph or an IR with its weights beside it."""
+
+    @pytest.fixture(autouse=True)
+    def installed(self) -> None:
+        pytest.importorskip("openvino")
+
+    @pytest.fixture
+    def ir(self, graphs, tmp_path) -> Artifact:
+        import openvino as ov
+
+        (tmp_path / "made").mkdir()
+        core = ov.Core()
+        ov.save_model(core.read_model(graphs["mlp-fp32"][1]), tmp_path / "made" / "m.xml", compress_to_fp16=False)
+        artifact = artifact_of(tmp_path / "made" / "m.xml", tmp_path / "ir", 32, **OPENVINO)
+        weights = tmp_path / "made" / "m.bin"
+        (artifact.folder / "m.bin").write_bytes(weights.read_bytes())
+        extra = ExtraFile(path="m.bin", sha256=sha256_file(weights), bytes=weights.stat().st_size)
+        return artifact.model_copy(update={"extras": [extra]}).write()
+
+    @pytest.fixture
+    def onnx(self, graphs, tmp_path) -> Artifact:
+        return artifact_of(graphs["mlp-fp32"][1], tmp_path / "ov", 32, **OPENVINO)
+
+    @pytest.mark.parametrize("kind", ["ir", "onnx"])
+    @pytest.mark.parametrize("threads", [1, None])
+    def test_an_encoder_like_the_torch_model(self, kind, threads, graphs, request):
+        artifact = read_artifact(request.getfixturevalue(kind).folder)
+        encoder = open_artifact(artifact, threads=threads)
+        assert isinstance(encoder, OpenVinoEncoder)
+        for batch in (3, 1, 5, 2, 7):  # more sizes than are compiled for by themselves
+            images = pictures(batch, 32, seed=batch)
+            got, want = encoder(images), TorchEncoder(graphs["mlp-fp32"][0])(images)
+            assert torch.allclose(got.cls, want.cls, atol=1e-4)
+            assert torch.allclose(got.patches, want.patches, atol=1e-4)
+        assert len(encoder.requests) <= runtimes.OPENVINO_SHAPES + 1
+        c = encoder.conditions
+        assert c["runtime"].startswith("openvino 20")
+        assert (c["precision"], c["inference_precision"], c["device"]) == ("fp32", "f32", "cpu")
+        assert c["threads"] == (threads or runtimes.available_cores())
+        compiled = encoder.requests[1].get_compiled_model()
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == c["threads"]
+
+    def test_features_outlive_the_next_call(self, onnx):
+        """A request reuses its output buffers: features that were views of them would change."""
+        encoder = open_artifact(onnx, threads=1)
+        first = encoder(pictures(2, 32, seed=1))
+        kept = first.patches.clone()
+        encoder(pictures(2, 32, seed=2))
+        assert torch.equal(first.patches, kept)
+
+    def test_inference_precision_of_the_details(self, graphs, tmp_path):
+        capabilities = __import__("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        changes = {**OPENVINO, "precision": "bf16", "details": {"openvino": {"inference_precision": "bf16"}}}
+        artifact = artifact_of(graphs["mlp-fp32"][1], tmp_path / "bf16", 32, **changes)
+        if "BF16" not in capabilities:
+            with pytest.raises(Unrunnable, match="which lacks BF16"):
+                open_artifact(artifact)
+            return
+        encoder, images = open_artifact(artifact), pictures(2, 32)
+        assert encoder.conditions["inference_precision"] == "bf16"
+        gap = (encoder(images).patches - TorchEncoder(graphs["mlp-fp32"][0])(images).patches).abs().max()
+        assert 1e-4 < gap < 0.2
+
+    def test_bf16_that_the_plugin_does_not_compute_in(self, graphs, tmp_path):
+        changes = {**OPENVINO, "precision": "bf16", "details": {"openvino": {"inference_precision": "f32"}}}
+        with pytest.raises(Unrunnable, match=r"computes in f32 on this CPU, which lacks BF16; .* is called bf16"):
+            open_artifact(artifact_of(graphs["mlp-fp32"][1], tmp_path / "bf16", 32, **changes))
+
+    @pytest.mark.parametrize("name", ["m.xml", "m.bin"])
+    def test_a_changed_file_is_not_read(self, ir, name, monkeypatch):
+        path = ir.folder / name
+        data = bytearray(path.read_bytes())
+        data[-10] ^= 1
+        path.write_bytes(bytes(data))
+        with pytest.raises(UserError, match=rf"{name} was changed since it was exported"):
+            open_artifact(read_artifact(ir.folder))
+
+    def test_an_ir_without_its_weights(self, ir):
+        with pytest.raises(UserError, match=r"holds m.xml without its weights m.bin; run the export stage again"):
+            open_artifact(ir.model_copy(update={"extras": []}))
+
+    def test_a_file_that_openvino_cannot_load(self, tmp_path):
+        (tmp_path / "m.onnx").write_bytes(b"\xff" * 64)
+        with pytest.raises(Unrunnable, match=r"openvino .* cannot load m.onnx"):
+            open_artifact(artifact_of(tmp_path / "m.onnx", tmp_path / "a", 32, **OPENVINO))
+
+    def test_without_the_package(self, onnx, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+        with pytest.raises(Unrunnable, match=r"openvino is not installed; pip install 'decant-vision\[openvino\]'"):
+            open_artifact(onnx)
+        assert "decant-vision[openvino]" in (why_unrunnable("openvino", []) or "")
+        with pytest.raises(EnvironmentFailed, match="openvino is not installed"):
+            runtimes.load_openvino()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="executing an engine needs a CUDA GPU")
