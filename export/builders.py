@@ -76,7 +76,7 @@ def float_graphs(job: Job) -> Artifact:
 
             export_onnx(backbone, path, size, "fp32")
         else:
-            least = getattr(job.config.gates, precision)
+            least = job.config.gates.least(precision)
             kept[str(size)] = fit_half(backbone, path, size, precision, job.images.training(HALF_IMAGES, size), least)  # type: ignore[arg-type]
         made.files.append(_new_entry(path, backbone, at_resolution(preprocess, size)))
         stays = kept.get(str(size), {}).get("kept_float", [])

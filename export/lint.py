@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 from onnx import ModelProto
 
+from export import lint_precision, lint_quantization, lint_structure
 from export.anatomy import Anatomy, read_model
 from export.artifact import Precision
-from export.lint_rules import Case, Rule, Severity, registered
+from export.lint_rules import Case, Rule, Severity
 
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 Reader = Literal["tensorrt", "onnxruntime", "openvino"]
@@ -85,7 +86,7 @@ def lint(
         path = Path(path_or_model)
         anatomy, where = Anatomy(read_model(path), path.parent), Path(name) if name is not None else path
     case = Case(anatomy, precision or claimed_precision(where), where.name)
-    findings = [f for rule in registered() for f in _findings(rule, case, reader)]
+    findings = [f for rule in all_rules() for f in _findings(rule, case, reader)]
     return sorted(findings, key=lambda f: ORDER.index(f.severity))
 
 
@@ -98,7 +99,7 @@ def claimed_precision(path: Path) -> Precision | None:
 
 def all_rules() -> list[Rule]:
     """Every rule, for documentation and for SARIF."""
-    return registered()
+    return [*lint_precision.RULES, *lint_quantization.RULES, *lint_structure.RULES]
 
 
 def _words(text: str) -> list[str]:

@@ -6,7 +6,7 @@ import numpy as np
 from onnx import NodeProto
 
 from export.anatomy import DEQUANTIZE, FLOATS, LAYOUT, QUANTIZE, Anatomy, label
-from export.lint_rules import Case, Hit, rule
+from export.lint_rules import Case, Hit, rule, rules_of
 from export.proof import CLAIMS, QUANTIZED_CLAIMS
 
 LARGEST_HALF = 65504.0
@@ -169,3 +169,6 @@ def _masks(anatomy: Anatomy, name: str) -> bool:
 
 def _feeds_mean(anatomy: Anatomy, node: NodeProto) -> bool:
     return any(r.op_type == "ReduceMean" for r in anatomy.readers[node.output[0]])
+
+
+RULES = rules_of(globals())

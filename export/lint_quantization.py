@@ -10,7 +10,7 @@ import numpy as np
 from onnx import NodeProto
 
 from export.anatomy import DEQUANTIZE, LAYOUT, QUANTIZE, Anatomy, label
-from export.lint_rules import Case, Hit, rule
+from export.lint_rules import Case, Hit, rule, rules_of
 from export.split_qkv import quantized_qkv
 
 NORMS = {
@@ -365,3 +365,6 @@ def _is_table(anatomy: Anatomy, name: str) -> bool:
     """Whether a constant is a table of tokens by channels, not a bias."""
     shape = anatomy.shapes.get(name, ())
     return len(shape) >= 2 and shape[-1] > 1 and shape[-2] > 1
+
+
+RULES = rules_of(globals())

@@ -1,6 +1,6 @@
 """What a lint rule is, and the list of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -65,22 +65,13 @@ class Rule:
         return (self.check.__doc__ or self.id).strip().split(".")[0]
 
 
-_RULES: dict[str, Rule] = {}
+def rule(
+    id: str, severity: Severity, reason: str, cure: str, tensorrt_only: bool = False
+) -> Callable[[Callable[[Case], Iterator[Hit]]], Rule]:
+    """Make a rule of a function that yields the places where it does not hold."""
+    return lambda check: Rule(id, severity, reason, cure, tensorrt_only, check)
 
 
-def rule(id: str, severity: Severity, reason: str, cure: str, tensorrt_only: bool = False) -> Callable:
-    """Register a function that yields the places where a rule does not hold."""
-
-    def register(check: Callable[[Case], Iterator[Hit]]) -> Callable[[Case], Iterator[Hit]]:
-        assert id not in _RULES, id
-        _RULES[id] = Rule(id, severity, reason, cure, tensorrt_only, check)
-        return check
-
-    return register
-
-
-def registered() -> list[Rule]:
-    """Every rule, in the order of their files."""
-    from export import lint_precision, lint_quantization, lint_structure  # noqa: F401  they register theirs
-
-    return list(_RULES.values())
+def rules_of(names: Mapping[str, object]) -> list[Rule]:
+    """The rules among a module's names, in the order of their definition."""
+    return [value for value in names.values() if isinstance(value, Rule)]

@@ -9,7 +9,7 @@ import onnx
 from onnx import NodeProto
 
 from export.anatomy import DEQUANTIZE, FAMILY, QUANTIZE, Anatomy, label, upstream
-from export.lint_rules import Case, Hit, rule
+from export.lint_rules import Case, Hit, rule, rules_of
 
 SINCE = {"LayerNormalization": 17, "GroupNormalization": 18, "Gelu": 20, "Attention": 23, "RMSNormalization": 23, "Swish": 24}
 HALF_SCALES, FP8, BLOCKS = 19, 19, 21
@@ -222,3 +222,6 @@ def _images(anatomy: Anatomy) -> Iterator[onnx.ValueInfoProto]:
     for info in anatomy.graph.input:
         if info.name not in anatomy.stored and len(info.type.tensor_type.shape.dim) == 4:
             yield info
+
+
+RULES = rules_of(globals())

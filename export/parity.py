@@ -33,6 +33,18 @@ class Gates(Config):
     w8: float = 0.999
     w4: float = 0.95
 
+    def least(self, precision: str) -> float:
+        """The gate of a precision."""
+        return {
+            "fp32": self.fp32,
+            "fp16": self.fp16,
+            "bf16": self.bf16,
+            "int8": self.int8,
+            "fp8": self.fp8,
+            "w8": self.w8,
+            "w4": self.w4,
+        }[precision]
+
     def problems(self) -> list[str]:
         return [f"{name} must be above -1 and at most 1, got {v}" for name, v in self if not -1 < v <= 1]
 
@@ -153,7 +165,7 @@ def _problem(row: Row, gates: Gates) -> str | None:
         return f"{int(row.value)} values of {c['output']} are not finite"
     if row.metric != "cosine_min" or row.value is None:
         return None
-    least = float(getattr(gates, c["precision"]))
+    least = gates.least(c["precision"])
     if row.value >= least:
         return None
     return (
