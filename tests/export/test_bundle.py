@@ -33,13 +33,15 @@ from distill.progress import Progress
 from export import bundle as building
 from export.archive import write_archive
 from export.artifact import Artifact, read_artifact
+from export.builders import build_target
 from export.bundle import TEMPLATES, BundleConfig, build_bundle
 from export.golden import Tolerance
 from export.runtimes import open_artifact
 from export.selftest import selftest
-from export.targets import ExportConfig, build_target
+from export.targets import ExportConfig, Images
 from export.verify import MANIFEST, unpack, verify
 
+IMAGES = Images(lambda n, size: pictures(32, size)[:n], lambda n, size, avoid: pictures(32, size)[:n])
 QUIET = Progress("quiet")
 ENGINE = "artifacts/rtx-int8/model_32.engine"
 
@@ -52,9 +54,7 @@ def run(tmp_path_factory) -> tuple[Path, list[Artifact]]:
     config, sources, artifacts = ExportConfig(resolutions=[32, 48], max_batch=3), {}, []
     for target in ("onnx-fp32", "onnx-int8"):
         out = folder / target
-        artifacts.append(
-            build_target(target, config, "small", folder / "student", sources, lambda size: pictures(32, size), out, QUIET)
-        )
+        artifacts.append(build_target(target, config, "small", folder / "student", sources, IMAGES, out, QUIET))
         sources[target] = out
     return folder, [*artifacts, engine_like(artifacts[0], folder / "rtx-int8")]
 

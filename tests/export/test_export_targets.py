@@ -15,12 +15,13 @@ from distill.errors import EnvironmentFailed, UserError
 from distill.files import read_json, sha256_file
 from distill.models.checkpoints import save_model
 from distill.progress import Progress
-from export import targets
+from export import builders
 from export.artifact import read_artifact
+from export.builders import build_target
 from export.graph import load_graph, type_counts
 from export.parity import artifact_parity, failed_gates
 from export.quantize import QuantizeConfig
-from export.targets import ExportConfig, Target, at_resolution, build_target, in_order, prerequisites
+from export.targets import ExportConfig, Images, Target, at_resolution, in_order, prerequisites
 
 CONFIG = ExportConfig(
     targets=["onnx-fp32", "onnx-int8", "rtx-fp16", "rtx-int8"],
@@ -41,15 +42,16 @@ class Exported:
         self.model = backbone()
         save_model(root / "model", self.model, Preprocess(32, 40))
 
-    def calibration(self, size: int) -> torch.Tensor:
-        self.asked.append(size)
-        return pictures(12, size)
+    def images(self) -> Images:
+        def training(n: int, size: int) -> torch.Tensor:
+            self.asked.append(size)
+            return pictures(n, size)
+
+        return Images(training, lambda n, size, avoid: pictures(n + avoid, size)[avoid:])
 
     def build(self, target: Any, config: ExportConfig = CONFIG):
         out = self.root / "export" / target
-        made = build_target(
-            target, config, "small", self.root / "model", self.sources, self.calibration, out, Progress("quiet")
-        )
+        made = build_target(target, config, "small", self.root / "model", self.sources, self.images(), out, Progress("quiet"))
         self.sources[target] = out
         return made
 
@@ -92,7 +94,7 @@ def test_onnx_artifacts(exported, target, precision, source):
         types = artifact.details["matmul_types"][str(entry.resolution)]
         assert types == type_counts(load_graph(artifact.path(entry)))
     assert {p.name for p in artifact.folder.iterdir()} == {
-        "artifact.json", "model_32.onnx", "model_48.onnx", *([targets.PLAN] if precision == "int8" else []),
+        "artifact.json", "model_32.onnx", "model_48.onnx", *(["plan.json", "calibration_32.json", "calibration_48.json"] if precision == "int8" else []),
     }  # fmt: skip
 
 
@@ -100,14 +102,22 @@ def test_the_int8_plan_is_readable_and_says_what_calibrated(exported):
     artifact = read_artifact(exported.sources["onnx-int8"])
     plan = read_json(artifact.folder / "plan.json")
     assert plan == artifact.details["plan"]
-    assert [e["node"] for e in plan["48"]][:2] == ["blocks.0.attn.qkv", "blocks.0.attn.proj"]
-    assert set(plan["32"][0]) == {"node", "kind", "scale", "weight_shape", "weight_scale_min", "weight_scale_max"}
-    assert plan["32"][0]["scale"] != plan["48"][0]["scale"], "each resolution has its own positions and calibration"
-    assert exported.asked == [32, 48], "only INT8 asks for images, once a resolution"
+    decided = {e["layer"]: e for e in plan["48"]}
+    assert decided["blocks.0.attn.qkv"]["decision"] == decided["blocks.0.mlp.fc2"]["decision"] == "int8"
+    assert decided["patch_embed.proj"]["decision"] == decided["blocks.0.attn.qk"]["decision"] == "keep"
+    assert decided["blocks.0.attn.qkv"]["mflops"] > 0
+    other = {e["layer"]: e for e in plan["32"]}["blocks.0.attn.qkv"]
+    assert other["input_scale"] != decided["blocks.0.attn.qkv"]["input_scale"], (
+        "each resolution has its own positions and calibration"
+    )
+    assert exported.asked[:2] == [32, 48], "INT8 asks for images, once a resolution"
     assert artifact.details["calibration_images"] == 8
     assert artifact.details["calibration_sha256"]["32"] != artifact.details["calibration_sha256"]["48"]
     assert artifact.details["remainder"] == "fp32"
-    assert [e.path for e in artifact.extras] == ["plan.json"]
+    assert [e.path for e in artifact.extras] == ["calibration_32.json", "calibration_48.json", "plan.json"]
+    shares = artifact.details["proof"]["32"]["linear_flops_share"]
+    assert shares == {"INT8": 1.0}
+    assert not [f for f in artifact.details["lint"]["32"] if f["severity"] == "error"]
 
 
 @pytest.mark.parametrize("target", ["rtx-fp16", "rtx-int8"])
@@ -118,7 +128,7 @@ def test_engines(exported, target):
     assert (artifact.runtime, artifact.source, artifact.compute_capabilities) == ("tensorrt_rtx", "onnx-fp16", ["8.6", "12.0"])
     assert [f.path for f in artifact.files] == ["model_32.engine", "model_48.engine"]
     assert artifact.details["profile"] == {"min": 1, "opt": 8, "max": 16}
-    counts = {"FLOAT16": 13} if target == "rtx-fp16" else {"FLOAT16": 5, "INT8": 8}
+    counts = {"FLOAT16": 13} if target == "rtx-fp16" else {"FLOAT16": 5, "INT8": 12}  # qkv is three layers
     assert artifact.details["matmul_types"] == {"32": counts, "48": counts}
     assert artifact.versions["tensorrt_rtx"]
     assert artifact.build_seconds > 0
@@ -129,19 +139,19 @@ def test_engines(exported, target):
         plan = read_json(exported.sources["onnx-int8"] / "plan.json")["48"]
         graph = load_graph(artifact.folder / "graph_48.onnx")
         scales = {t.name: t for t in graph.graph.initializer}
-        for entry in plan:
-            half = np.frombuffer(scales[f"{entry['node']}.input_scale"].raw_data, np.float16)
-            assert half == np.float16(entry["scale"]), "the engine is calibrated as onnx-int8 was"
+        found = {float(np.frombuffer(t.raw_data, np.float16)[0]) for t in scales.values() if t.data_type == 10 and not t.dims}
+        for entry in (e for e in plan if e["decision"] == "int8"):
+            assert float(np.float16(entry["input_scale"])) in found, "the engine is calibrated as onnx-int8 was"
         assert [e.path for e in artifact.extras] == ["graph_32.onnx", "graph_48.onnx"]
 
 
 def test_a_missing_runtime_is_told_before_work_is_done(exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    monkeypatch.setattr(targets, "quantize", lambda *a: pytest.fail("worked in vain"))
+    monkeypatch.setattr(builders, "quantize", lambda *a: pytest.fail("worked in vain"))
     out = exported.root / "missing"
     with pytest.raises(EnvironmentFailed, match="tensorrt_rtx is not installed; pip install"):
         build_target(
-            "rtx-int8", CONFIG, "small", exported.root / "model", exported.sources, exported.calibration, out, Progress("quiet")
+            "rtx-int8", CONFIG, "small", exported.root / "model", exported.sources, exported.images(), out, Progress("quiet")
         )
     assert list(out.iterdir()) == []
 
@@ -151,14 +161,12 @@ def test_interrupted_while_replacing_leaves_no_artifact(exported, tmp_path, monk
 
     def build():
         return build_target(
-            "onnx-int8", one, "small", exported.root / "model", exported.sources, pictures_of, tmp_path / "a", Progress("quiet")
+            "onnx-int8", one, "small", exported.root / "model", exported.sources, images, tmp_path / "a", Progress("quiet")
         )
 
-    def pictures_of(size: int) -> torch.Tensor:
-        return pictures(4, size)
-
+    images = Images(lambda n, size: pictures(4, size), lambda n, size, avoid: pictures(4, size))
     before = build()
-    monkeypatch.setattr(targets, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(builders, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build()
     with pytest.raises(UserError, match="holds no artifact"):
@@ -178,9 +186,9 @@ def test_an_engine_whose_scales_are_of_other_resolutions(exported, tmp_path):
         {"onnx-fp32": only(exported, "onnx-fp32", 32, tmp_path)},
     )
     sources["onnx-int8"] = tmp_path / "int8"
-    build_target("onnx-int8", one, "small", folder, alone, exported.calibration, tmp_path / "int8", Progress("quiet"))
-    with pytest.raises(UserError, match="has no scales for 48 px; export onnx-int8 again"):
-        build_target("rtx-int8", CONFIG, "small", folder, sources, exported.calibration, tmp_path / "rtx", Progress("quiet"))
+    build_target("onnx-int8", one, "small", folder, alone, exported.images(), tmp_path / "int8", Progress("quiet"))
+    with pytest.raises(UserError, match="has no calibration for 48 px; export onnx-int8 again"):
+        build_target("rtx-int8", CONFIG, "small", folder, sources, exported.images(), tmp_path / "rtx", Progress("quiet"))
 
 
 def only(exported: Exported, target: str, size: int, tmp_path):
