@@ -1,13 +1,14 @@
 """Artifacts on disk as Encoders: what they say about themselves, what they refuse."""
 
 import dataclasses
+import re
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import pictures
+from tiny import backbone, pictures
 
 from distill.data.preprocess import Preprocess
 from distill.encoder import Encoder, TorchEncoder
@@ -15,6 +16,7 @@ from distill.errors import EnvironmentFailed, UserError
 from distill.files import read_json, sha256_file, write_json
 from export import runtimes
 from export.artifact import Artifact, ArtifactFile, ExtraFile, TensorSpec, Unrunnable, read_artifact
+from export.graph import export_onnx
 from export.runtimes import EngineEncoder, OnnxEncoder, OpenVinoEncoder, open_artifact, why_unrunnable
 
 OPENVINO = {"runtime": "openvino", "target": "openvino-fp32"}
@@ -107,6 +109,22 @@ def test_a_file_that_this_onnxruntime_cannot_load(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"\xff" * 64)
     with pytest.raises(Unrunnable, match=r"onnxruntime .* cannot load m.onnx"):
         open_artifact(artifact_of(tmp_path / "m.onnx", tmp_path / "a", 32))
+
+
+def test_bf16_in_onnxruntime_runs_or_says_why_not(tmp_path):
+    """ONNX Runtime has no BF16 kernels on most CPUs."""
+    model = backbone()
+    export_onnx(model, tmp_path / "m.onnx", 32, "bf16")
+    artifact = artifact_of(tmp_path / "m.onnx", tmp_path / "a", 32, target="onnx-bf16", precision="bf16")
+    images, reason = pictures(2, 32), ""
+    try:
+        got = open_artifact(artifact, threads=1)(images)
+    except Unrunnable as e:
+        reason = str(e)
+    if reason:
+        assert re.match(r"onnxruntime .* cannot load m.onnx: .*Could not find an implementation for Conv", reason)
+    else:
+        assert (got.patches - TorchEncoder(model)(images).patches).abs().max() < 0.2
 
 
 def test_engines_say_why_they_cannot_run(engine_artifact, monkeypatch):
