@@ -8,6 +8,7 @@ Shape legend: K input channels, N output channels, n rows (tokens of all images)
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +23,15 @@ from export.matrices import has_rows, input_rows, matrix_of, node_weight
 from export.nodes import element_types, load_graph
 from export.plan import PlanEntry, lift_constants, plan_graph
 from export.quantize_config import ACTIVATION_GRID, INT8, WEIGHT_GRID, Grid, QuantizeConfig
-from export.rounding import Moments, refit, round_compensated, round_nearest, spread, weight_scales
+from export.rounding import round_compensated, round_nearest, spread, weight_scales
 from export.segments import LIVE_BYTES, PIECE_BYTES, Pieces, Walk
 from export.smoothing import ALPHAS, find_folds, smoothing_factors
 
 SEARCH_ROWS = 2048
 Given = Callable[[np.ndarray], np.ndarray]
-CLS = 0
-REFIT = True
+FIRST_TOKEN = (
+    0.1  # share of the first token in what is averaged over tokens: the class token is one of hundreds, and half of the output
+)
 ONE_SIDED = 0.25  # of the largest value: inputs that go no further below zero get an offset
 UNSIGNED = Grid("int8", 0, 254)
 
@@ -177,15 +179,12 @@ class _Calibrator:
             return (self.input_grid.round(x / scale - offset) + offset) * scale
 
         block = self.config.block if self.precision == "w4" else None
-        moments = self._moments(node, given, smooth, matrix) if self.corrects and has_rows(node, self.stored) else None
-        target = matrix
+        moments = self._moments(node, given, smooth) if self.corrects and has_rows(node, self.stored) else None
+        scales = weight_scales(matrix, self.weight_grid, self.config.weights, block).astype(np.float32)
         if moments is not None and self.config.rounding == "compensated":
-            target = refit(matrix, moments) if REFIT else matrix
-        scales = weight_scales(target, self.weight_grid, self.config.weights, block).astype(np.float32)
-        if moments is not None and self.config.rounding == "compensated":
-            codes = round_compensated(target, scales, self.weight_grid, moments.second)
+            codes = round_compensated(matrix, scales, self.weight_grid, moments.second)
         else:
-            codes = round_nearest(target, scales, self.weight_grid)
+            codes = round_nearest(matrix, scales, self.weight_grid)
         shift = None
         if moments is not None and self.config.bias_correction:
             shift = (moments.float_mean @ matrix - moments.mean @ (codes * spread(scales, len(codes)))).astype(np.float32)
@@ -203,35 +202,24 @@ class _Calibrator:
             add = add.reshape(-1, 1, 1) if shift is not None else add
         return _Fed({0: (tensor, given)}, {1: matrix_of(rounded, node, self.stored)}, add)
 
-    def _moments(self, node: NodeProto, given: Given, smooth: np.ndarray | None, matrix: np.ndarray) -> Moments:
-        """Second moments of the quantized inputs, and what they miss of the float ones."""
-        k, n = matrix.shape
-        narrow, small = matrix.astype(np.float32), 2 * n < k
-        second, cross = np.zeros((k, k)), np.zeros((k, n if small else k))
-        sums, float_sums, count = np.zeros(k), np.zeros(k), 0
+    def _moments(self, node: NodeProto, given: Given, smooth: np.ndarray | None) -> "_Moments":
+        """Of the layer's quantized inputs in the walk, and the mean of the float ones."""
+        size = len(node_weight(node, self.stored))
+        second, sums, float_sums, count = np.zeros((size, size)), np.zeros(size), np.zeros(size), 0.0
         divide = np.float32(1) if smooth is None else smooth
         for mine, exact in zip(self.walk.values(node.input[0]), self.float_walk.values(node.input[0]), strict=True):
             x, wanted = input_rows(given(mine), node, self.stored), input_rows(exact / divide, node, self.stored)
-            missing = wanted - x
-            if CLS and x.ndim == 2 and mine.ndim == 3:
-                weights = np.ones(mine.shape[:2], np.float32)
-                weights[:, 0] = CLS
-                w = np.sqrt(weights).reshape(-1, 1)
-                x, wanted, missing = x * w, wanted * w, missing * w
+            weights = row_weights(mine, len(x))
             if self.config.rounding == "compensated":
-                second += x.T @ x
-                cross += x.T @ (missing @ narrow if small else missing)
-            sums += x.sum(0, dtype=np.float64)
-            float_sums += wanted.sum(0, dtype=np.float64)
-            count += len(x)
+                second += x.T @ (x * weights[:, None])
+            sums += weights @ x
+            float_sums += weights @ wanted
+            count += float(weights.sum())
         mean, float_mean = sums / count, float_sums / count
-        second, cross = second / count, cross / count
-        if not small:
-            cross = cross @ matrix
-        if self.config.bias_correction:  # the bias takes the means, the weights the rest
+        second = second / count
+        if self.config.bias_correction:  # the bias takes the means, the codes the rest
             second -= np.outer(mean, mean)
-            cross -= np.outer(mean, (float_mean - mean) @ matrix)
-        return Moments(second, cross, mean, float_mean)
+        return _Moments(second, mean, float_mean)
 
     def _choose_smoothing(self, tensor: str) -> np.ndarray | None:
         """The factors for all layers that read a tensor: with the asked alpha, or with that of the least output error."""
@@ -243,8 +231,7 @@ class _Calibrator:
         if not isinstance(self.config.smooth, str):
             assert self.config.smooth is not None
             return smoothing_factors(peaks, weight_peaks, self.config.smooth).astype(np.float32)
-        rows = np.concatenate([v.reshape(-1, v.shape[-1]) for v in self.walk.values(tensor)])
-        rows = rows[:: max(1, len(rows) // SEARCH_ROWS)]
+        rows = np.concatenate([_sample(v, SEARCH_ROWS // len(self.walk.chunks)) for v in self.walk.values(tensor)])
         wanted, best, least = rows @ weight, np.ones(len(peaks)), np.inf
         for alpha in (None, *ALPHAS):
             factors = np.ones(len(peaks)) if alpha is None else smoothing_factors(peaks, weight_peaks, alpha)
@@ -261,6 +248,31 @@ class _Calibrator:
         scales = weight_scales(weight, self.weight_grid, "minmax")
         got = self.input_grid.fake(rows, scale) @ self.weight_grid.fake(weight, scales[None].astype(np.float32))
         return float(((got - wanted) ** 2).sum())
+
+
+@dataclass
+class _Moments:
+    """Second moments [K, K] of a layer's quantized inputs (about their mean, where the bias is corrected), their mean [K], and that
+    of the float inputs."""
+
+    second: np.ndarray
+    mean: np.ndarray
+    float_mean: np.ndarray
+
+
+def row_weights(values: np.ndarray, rows: int) -> np.ndarray:
+    """How much each of n rows of a layer's input counts: of [B, T, K] the first token as much as FIRST_TOKEN of all tokens."""
+    weights = np.ones(rows, np.float32)
+    if values.ndim == 3:
+        weights[:: values.shape[1]] = max(1.0, FIRST_TOKEN * values.shape[1])
+    return weights
+
+
+def _sample(values: np.ndarray, rows: int) -> np.ndarray:
+    """About so many rows [n, K] at even distances, and every image's first token."""
+    flat = values.reshape(-1, values.shape[-1])
+    spread_out = flat[:: max(1, len(flat) // max(1, rows))]
+    return spread_out if values.ndim != 3 else np.concatenate([values[:, 0], spread_out])
 
 
 class _Fed:

@@ -68,6 +68,8 @@ def plan_graph(model: ModelProto, config: QuantizeConfig, precision: str = "int8
     Raises:
         UserError: `quantize.keep` names what is not there, or nothing is left to quantize.
     """
+    if any(n.op_type == "Constant" for n in model.graph.node):
+        model = lift_constants(model)
     linears = {n.output[0] for n in linear_nodes(model, PRODUCTS)}  # a layer's own name may be empty in others' graphs
     shapes, dims = value_shapes(model), {t.name: tuple(t.dims) for t in model.graph.initializer}
     products = [n for n in model.graph.node if n.op_type in PRODUCTS and (n.output[0] in linears or n.op_type == "MatMul")]

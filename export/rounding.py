@@ -3,9 +3,8 @@
 Shape legend: K input channels, N output channels, n rows (tokens) of calibration inputs.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+import torch
 
 from export.quantize_config import Grid
 
@@ -40,30 +39,6 @@ def round_nearest(weight: np.ndarray, scale: np.ndarray, grid: Grid) -> np.ndarr
     return grid.round(weight / spread(scale, len(weight)))
 
 
-@dataclass
-class Moments:
-    """What is known of a layer's inputs: of n rows x (quantized, [K]) and their errors d = x_float - x.
-
-    Attributes:
-        second: mean of x x^T, about the mean when centred [K, K]. cross: mean of x (d W), about the means [K, N].
-        mean: of x [K]. float_mean: of x_float [K].
-    """
-
-    second: np.ndarray
-    cross: np.ndarray
-    mean: np.ndarray
-    float_mean: np.ndarray
-
-
-def refit(weight: np.ndarray, moments: Moments, damping: float = DAMPING) -> np.ndarray:
-    """The weight [K, N] whose outputs on the quantized inputs are nearest to the float layer's, pulled towards the given one.
-
-    Minimises E|x_float W - x V|^2 + damping * mean(diag) |V - W|^2 over V.
-    """
-    damped = _damped(moments.second, damping)
-    return weight + np.linalg.solve(damped, moments.cross)
-
-
 def round_compensated(
     weight: np.ndarray, scale: np.ndarray, grid: Grid, second: np.ndarray, damping: float = DAMPING
 ) -> np.ndarray:
@@ -72,9 +47,7 @@ def round_compensated(
     order = np.argsort(-np.diag(second), kind="stable")
     full = np.broadcast_to(spread(scale, len(weight)), weight.shape)[order]
     left = weight[order].astype(np.float64)
-    damped = _damped(second, damping)[np.ix_(order, order)]
-    # Upper Cholesky factor of the inverse: row k holds how channel k's error is shared by the channels after it.
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+    upper = _inverse_factor(_damped(second, damping)[np.ix_(order, order)])
     codes = np.empty_like(left)
     for start in range(0, len(left), BLOCK):
         stop = min(start + BLOCK, len(left))
@@ -87,6 +60,16 @@ def round_compensated(
     out = np.empty_like(codes)
     out[order] = codes
     return out
+
+
+def _inverse_factor(matrix: np.ndarray) -> np.ndarray:
+    """Upper U with U^T U = matrix^-1; its row k holds how channel k's error is shared by the channels after it.
+
+    Read backwards, matrix = L L^T is R R^T with an upper R, and U = R^-1: no inverse of the whole matrix is taken.
+    """
+    factor = torch.linalg.cholesky(torch.from_numpy(np.ascontiguousarray(matrix[::-1, ::-1])))
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
+    return np.ascontiguousarray(inverse.numpy()[::-1, ::-1])
 
 
 def _damped(second: np.ndarray, damping: float) -> np.ndarray:

@@ -133,7 +133,7 @@ class _Finder:
         if shape is None or out is None:
             return None
         moves = [*path[1:], *after]
-        wanted = (after[-1] if after else path[-1]).output[0] if moves else source
+        wanted = after[-1].output[0] if after else middle  # of a Split not always the first output
         if not moves:
             columns = np.arange(shape[-1])
         else:
