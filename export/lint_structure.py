@@ -131,10 +131,13 @@ def dynamic_position_interpolation(case: Case) -> Iterator[Hit]:
 )
 def dynamic_spatial_axes(case: Case) -> Iterator[Hit]:
     """An image input whose height or width is open."""
-    for info in _images(case.anatomy):
-        dims = info.type.tensor_type.shape.dim
-        if any(not d.HasField("dim_value") or d.dim_value <= 0 for d in list(dims)[2:]):
-            yield Hit(info.name, f"the input {info.name} leaves its height or width open")
+    for name in _open_sizes(case):
+        yield Hit(name, f"the input {name} leaves its height or width open")
+
+
+def _open_sizes(case: Case) -> list[str]:
+    found = [(i.name, list(i.type.tensor_type.shape.dim)[2:]) for i in _images(case.anatomy)]
+    return [name for name, dims in found if any(not d.HasField("dim_value") or d.dim_value <= 0 for d in dims)]
 
 
 @rule(
@@ -160,7 +163,7 @@ def fixed_batch(case: Case) -> Iterator[Hit]:
 def shape_arithmetic(case: Case) -> Iterator[Hit]:
     """Many nodes that compute shapes at run time."""
     shapes = [n for n in case.anatomy.nodes if n.op_type == "Shape"]
-    if len(shapes) > SHAPE_NODES and not any(True for _ in dynamic_spatial_axes(case)):
+    if len(shapes) > SHAPE_NODES and not _open_sizes(case):
         yield Hit(label(shapes[0]), f"the graph reads shapes {len(shapes)} times")
 
 

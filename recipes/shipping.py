@@ -100,10 +100,20 @@ def parity(r: Recipe, data: Data, run: Path) -> Work:
 
     def work(folder: Path, progress: Progress) -> None:
         from export.artifact import Unrunnable, read_artifact
+        from export.bisection import explain
         from export.parity import artifact_parity, failed_gates
         from export.runtimes import open_artifact
 
         rows: list[Row] = []
+
+        def where(row: Row) -> str:
+            """The first guilty block of a file whose gate failed."""
+            artifact = read_artifact(run / "export" / row.subject.split("/")[1] / row.target)
+            size = row.conditions["resolution"]
+            images = data.tensors("test", PARITY_IMAGES, Preprocess.from_json(artifact.file(size).preprocess))
+            least = r.export.gates.least(row.conditions["precision"])
+            return explain(load_backbone(run / row.subject), artifact, images, least, size)
+
         for student, subject in r.subjects().items():
             in_torch = torch_encoder(run / subject)
             for artifact in artifacts_of(r, run, student):
@@ -119,7 +129,7 @@ def parity(r: Recipe, data: Data, run: Path) -> Work:
                     images = data.tensors("test", PARITY_IMAGES, Preprocess.from_json(entry.preprocess))
                     rows += artifact_parity(reference, artifact, images, subject, label, entry.resolution)
         write_rows(folder / "rows.jsonl", rows)
-        if failed := failed_gates(rows, r.export.gates):
+        if failed := failed_gates(rows, r.export.gates, where):
             raise GateFailed("\n".join(failed))
 
     return work
