@@ -77,7 +77,8 @@ class _Calibrator:
         self.input_grid: Grid | None = ACTIVATION_GRID.get(precision)
         self.folds = find_folds(model, config.attention) if config.smooth is not None and self.input_grid else {}
         # Corrections compare what a layer gives with what it should give: that takes a second, floating-point walk.
-        self.corrects = config.bias_correction or config.rounding == "compensated"
+        self.compensates = config.rounding == "compensated"
+        self.corrects = config.bias_correction or self.compensates
         size, limit = self._memory(images[:1]) if self.input_grid or self.corrects else (1, len(images))
         self.images = max(1, min(len(images), limit))
         chunk = max(1, min(16, PIECE_BYTES // max(1, size)))
@@ -181,7 +182,7 @@ class _Calibrator:
         block = self.config.block if self.precision == "w4" else None
         moments = self._moments(node, given, smooth) if self.corrects and has_rows(node, self.stored) else None
         scales = weight_scales(matrix, self.weight_grid, self.config.weights, block).astype(np.float32)
-        if moments is not None and self.config.rounding == "compensated":
+        if moments is not None and self.compensates:
             codes = round_compensated(matrix, scales, self.weight_grid, moments.second)
         else:
             codes = round_nearest(matrix, scales, self.weight_grid)
@@ -194,7 +195,7 @@ class _Calibrator:
             weight_scale=scales,
             smooth=smooth,
             shift=shift,
-            codes=stored_codes(codes, self.weight_grid) if self.config.rounding == "compensated" else None,
+            codes=stored_codes(codes, self.weight_grid) if self.compensates else None,
         )
         rounded = (codes * spread(scales, len(codes))).astype(np.float32)
         add = np.zeros((), np.float32) if shift is None else shift
@@ -206,16 +207,15 @@ class _Calibrator:
         """Of the layer's quantized inputs in the walk, and the mean of the float ones."""
         size = len(node_weight(node, self.stored))
         second, sums, float_sums, count = np.zeros((size, size)), np.zeros(size), np.zeros(size), 0.0
-        divide = np.float32(1) if smooth is None else smooth
         for mine, exact in zip(self.walk.values(node.input[0]), self.float_walk.values(node.input[0]), strict=True):
-            x, wanted = input_rows(given(mine), node, self.stored), input_rows(exact / divide, node, self.stored)
+            x, wanted = input_rows(given(mine), node, self.stored), input_rows(exact, node, self.stored)
             weights = row_weights(mine, len(x))
-            if self.config.rounding == "compensated":
+            if self.compensates:
                 second += x.T @ (x * weights[:, None])
             sums += weights @ x
             float_sums += weights @ wanted
             count += float(weights.sum())
-        mean, float_mean = sums / count, float_sums / count
+        mean, float_mean = sums / count, float_sums / count / (1.0 if smooth is None else smooth)
         second = second / count
         if self.config.bias_correction:  # the bias takes the means, the codes the rest
             second -= np.outer(mean, mean)

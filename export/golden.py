@@ -1,7 +1,6 @@
 """Golden data of a bundle: raw images, their tensors, and the outputs that each artifact gave where the bundle was built."""
 
 import io
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,8 +10,7 @@ from distill.config import Config
 from distill.data.preprocess import to_rgb
 from distill.encoder import Encoder, TorchEncoder
 from distill.errors import GateFailed
-from export.artifact import Artifact, ArtifactFile, Unrunnable
-from export.artifact import Precision
+from export.artifact import Artifact, ArtifactFile, Precision, Unrunnable
 from export.runtimes import open_artifact
 
 GOLDEN_SIDE = 1024  # longer golden images are reduced: a bundle is no place for 50-megapixel photographs

@@ -6,6 +6,7 @@ machine, ViT-S/14 at 224 px: tests/benchmarks/README.md):
     LayerScale      x * gamma after a layer: gamma goes into the weight's scales and the bias, exactly (a negative one flips the integers)
     query scale     1/sqrt(d) on Q: into the scales and bias of Q's part of qkv
     qkv             one product followed by reshape, transpose and slices: three products, whose heads the fused attention reads in place
+    convolution     a patch embedding with signed INT8 inputs makes the plugin (2026.4) run all linear layers in bf16: it stays in floats
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ def for_openvino(model: ModelProto) -> ModelProto:
     """The rewritten graph. What does not look as our exporter writes it stays as it is."""
     graph = _Graph(model)
     for node in list(graph.model.graph.node):
+        if node.op_type == "Conv":
+            graph.float_convolution(node)
         if node.op_type == "MatMul" and (linear := graph.linear(node)):
             graph.fold_layer_scale(linear)
             graph.split_qkv(linear)
@@ -87,6 +90,23 @@ class _Graph:
             self.constant(f"{name}_scale", scale.astype(np.float32)),
             self.constant(f"zeros_{len(scale)}", zeros),
         ]
+
+    def float_convolution(self, node: NodeProto) -> None:
+        """Input and weight as they are behind their DequantizeLinear."""
+        for i in range(2):
+            dequantize = self.maker.get(node.input[i])
+            if dequantize is None or dequantize.op_type != "DequantizeLinear":
+                continue
+            quantize = self.maker.get(dequantize.input[0])
+            if i == 0 and quantize is not None and quantize.op_type == "QuantizeLinear":
+                node.input[0] = quantize.input[0]
+                if len(self.readers[dequantize.output[0]]) == 1:
+                    self.dropped |= {id(dequantize), id(quantize)}
+            elif i == 1 and all(n in self.values for n in dequantize.input):
+                ints, scale = (self.values[n] for n in dequantize.input[:2])
+                shaped = scale.reshape(-1, *[1] * (ints.ndim - 1)) if scale.ndim else scale
+                node.input[1] = self.constant(f"{node.name}.weight_float", (ints * shaped).astype(np.float32))
+                self.dropped.add(id(dequantize))
 
     def fold_layer_scale(self, linear: _Linear) -> None:
         scaled = self.only_reader(linear.output)

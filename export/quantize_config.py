@@ -15,7 +15,7 @@ QUANTIZED: tuple[str, ...] = get_args(QuantizedPrecision)
 
 
 class QuantizeConfig(Config):
-    """How quantized artifacts (int8, fp8, w8, w4) are made.
+    """How quantized artifacts (int8, fp8, w8, w4) are made. The defaults are what measured best on a trained ViT-S/14.
 
     Attributes:
         calibration: how an activation's clipping point is chosen: `minmax` (its largest magnitude), `percentile` (of its
@@ -31,24 +31,24 @@ class QuantizeConfig(Config):
         bias_correction: each quantized layer's mean output error on the calibration images is taken off its bias
             (arXiv 1906.04721, section 4.2), layer after layer, so that what earlier layers did is corrected too.
         weights: a weight channel's clipping point: `minmax`, or `mse` (the least squared error).
-        rounding: `nearest`, or `compensated`: weights are re-fitted to the quantized inputs and rounded one input channel at a
-            time, each error made good by the channels still to come (GPTQ, arXiv 2210.17323, with the inputs' own error as in
-            arXiv 2504.02692).
+        rounding: `nearest`, or `compensated`: a weight is rounded one input channel at a time, each error made good by the
+            channels still to come (GPTQ, arXiv 2210.17323), on the inputs that the quantized layers before it make. It removes
+            two thirds of the error of w4, a third of that of fp8 and a fifth of that of int8.
         attention: quantize both inputs of the attention products QK^T and AV too (int8, fp8).
-        patch_embed: quantize the patch embedding's convolution too; often the most sensitive layer.
+        patch_embed: quantize the patch embedding's convolution too (not to 4 bits): a smaller file for a little accuracy.
         keep: layers to keep in floating point, by name or pattern, e.g. ["blocks.0.*", "blocks.11.mlp.fc2"].
         block: w4's weights share a scale along this many input channels.
         budget: how little accuracy may be lost; the fewest layers that keep it stay in floating point.
     """
 
-    calibration: Calibrator = "l3"
+    calibration: Calibrator = "minmax"
     percentile: float = 99.99
-    images: int = 256
-    smooth: float | Literal["search"] | None = None
+    images: int = 128
+    smooth: float | Literal["search"] | None = "search"
     offset: bool = True
-    bias_correction: bool = False
+    bias_correction: bool = True
     weights: Literal["minmax", "mse"] = "minmax"
-    rounding: Literal["nearest", "compensated"] = "nearest"
+    rounding: Literal["nearest", "compensated"] = "compensated"
     attention: bool = False
     patch_embed: bool = False
     keep: list[str] = []  # noqa: RUF012  pydantic copies it

@@ -118,4 +118,5 @@ class Walk:
 def _options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # between short pieces threads would burn the CPU
     return options

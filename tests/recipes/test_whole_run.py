@@ -39,6 +39,7 @@ distill: {images: 320, batch: 8, crops: *crops}
 export:
   resolutions: [32, 48]
   quantize: {images: 16}
+  gates: {int8: 0.9}  # of 16-wide blocks that have seen a few hundred images
 evaluate: {ks: [5, 10], probe_steps: 50}
 benchmark: {batches: [1], seconds: 0.05, warmup_seconds: 0.05}
 runtime: {workers: 0, threads: 1, checkpoint_every: 7, log_every: 5}
