@@ -8,7 +8,7 @@ from distill.errors import UserError
 from distill.files import sha256_file, sha256_json
 from distill.models.foreign import LoadConfig, files_of
 from export.targets import SPECS, Target, prerequisites
-from recipes import compress, shipping, work
+from recipes import shipping, work
 from recipes.data import Data
 from recipes.marks import Stage
 from recipes.schema import Recipe
@@ -171,6 +171,10 @@ def _export_data(r: Recipe, data: Data, target: Target) -> dict[str, str]:
 
 def _derived(r: Recipe, data: Data, run: Path, settings: dict, train: dict, teacher: str) -> list[Stage]:
     """Pruned models, their controls, and models trained for quantization, each after the one that it comes from."""
+    if not (r.pruned or r.qad):
+        return []
+    from recipes import compress  # half a second of imports that most recipes do without
+
     own = settings | {"distill": r.distill.model_dump(), "input": r.input.model_dump()}
     stages = []
     for name in in_line(r):
