@@ -83,8 +83,8 @@ class _Finder:
         if node.op_type != "Mul":
             return None
         for operand in node.input:
-            if (path := self._climb(operand)) is not None and len(self.readers[operand]) == 1:
-                return self._columns(path, [], operand, tensor)
+            if (found := self._climb(operand)) is not None and len(self.readers[operand]) == 1:
+                return self._columns(*found, [], operand, tensor)
         return None
 
     def values(self, tensor: str) -> Fold | None:
@@ -96,18 +96,18 @@ class _Finder:
             node = self.makers[node.input[0]]
         if node.op_type != "MatMul" or self.roles.get(node.name) != "av" or len(self.readers[node.input[1]]) != 1:
             return None
-        path = self._climb(node.input[1])
-        if path is None:
+        found = self._climb(node.input[1])
+        if found is None:
             return None
         if after:
             first = NodeProto()
             first.CopyFrom(after[0])
             first.input[0] = node.input[1]  # what is the same for every token, attention leaves as it is
             after = [first, *after[1:]]
-        return self._columns(path, after, node.input[1], tensor)
+        return self._columns(*found, after, node.input[1], tensor)
 
-    def _climb(self, tensor: str) -> list[NodeProto] | None:
-        """[the bias Add or the Linear layer, moves ...] that make a tensor."""
+    def _climb(self, tensor: str) -> tuple[NodeProto, list[NodeProto]] | None:
+        """(Linear layer, [its bias Add or itself, moves ...]) that make a tensor."""
         path: list[NodeProto] = []
         node = self.makers.get(tensor)
         while node is not None and node.op_type in MOVES:
@@ -123,12 +123,13 @@ class _Finder:
             layer = self.makers[others[0]]
         if layer.op_type not in LINEAR_OPS or layer.input[1] not in self.constants:
             return None
-        self._layer = layer
-        return [node, *path]
+        return layer, [node, *path]
 
-    def _columns(self, path: list[NodeProto], after: list[NodeProto], middle: str, tensor: str) -> Fold | None:
+    def _columns(
+        self, layer: NodeProto, path: list[NodeProto], after: list[NodeProto], middle: str, tensor: str
+    ) -> Fold | None:
         """Send the numbers of the Linear layer's columns through the moves and see which arrive where."""
-        layer, source = self._layer, path[0].output[0]
+        source = path[0].output[0]
         shape, out = self.shapes.get(source), self.shapes.get(tensor)
         if shape is None or out is None:
             return None
