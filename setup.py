@@ -12,7 +12,17 @@ RTX = (
     "and (platform_machine == 'x86_64' or platform_machine == 'AMD64')"
 )
 
-TEST = ["pytest>=8", "pytest-timeout>=2", "beartype>=0.19", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "transformers>=4.57"]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2",
+    "beartype>=0.19",
+    "ruff>=0.9",
+    "mypy>=1.14",
+    "types-PyYAML",
+    "transformers>=4.57",
+    "openvino>=2025.0",
+    "nncf>=2.13",
+]
 
 setup(
     name="decant-vision",

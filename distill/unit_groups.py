@@ -12,10 +12,7 @@ Shape legend: D width, H heads, d width of a head, I hidden width.
 """
 
 import copy
-import logging
-import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +22,7 @@ from distill.encoder import Features
 from distill.errors import UserError
 from distill.models.backbone import Backbone
 from distill.models.headed import HeadedBackbone
+from distill.quiet import quiet
 
 
 class UnitGroups:
@@ -59,7 +57,7 @@ class UnitGroups:
         images = torch.zeros(1, 3, self.config.image_size, self.config.image_size)
         masks = torch.zeros(1, (self.config.image_size // patch) ** 2, dtype=torch.bool)
         masks[0, 0] = True  # so that the mask token is in use
-        with torch.enable_grad(), _quiet():
+        with torch.enable_grad(), quiet("torch_pruning"):
             self.graph = tp.DependencyGraph().build_dependency(
                 self.model,
                 (images, masks),
@@ -97,7 +95,7 @@ class UnitGroups:
         if units:
             # Not asked is torch-pruning's own check of a group: of an output [B, N, D] it takes N for the channels, and refuses N of D.
             # That the cut is right is proved where its tensors are loaded into a network of the new widths.
-            with _quiet():
+            with quiet("torch_pruning"):
                 self._group(part, block, sorted(units)).prune()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -113,19 +111,6 @@ def _everything(model: HeadedBackbone, images: Tensor, masks: Tensor) -> list[Te
         matched = model.match(features)
         out += [t for t in (matched.cls, matched.patches) if t.shape[-1]]
     return out
-
-
-@contextmanager
-def _quiet() -> Any:
-    """torch-pruning speaks of parameters outside the graph (the prototypes), which is as it should be."""
-    log, level = logging.getLogger("torch_pruning"), logging.getLogger("torch_pruning").level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:

@@ -69,17 +69,14 @@ def _bytes(path: Path, calibration: Calibration, settings: QuantizeConfig, preci
 
 
 def _candidate(job: Job, entry: ArtifactFile, data: bytes) -> Candidate:
-    """The graph on the runtime of its target, from a file that is no artifact of the run."""
-    path = job.out / f".candidate_{entry.resolution}.onnx"
+    """The graph on the runtime of its target, from a file that is no artifact of the run and goes once it is opened."""
+    path = job.out / f"candidate_{entry.resolution}.onnx"
     write_bytes(path, data)
     try:
-        described = entry.model_copy(update={"path": path.name.lstrip("."), "sha256": sha256_file(path), "bytes": len(data)})
-        path.rename(job.out / described.path)
-        path = job.out / described.path
-        artifact = Artifact(
-            student=job.student, target=job.target, precision=job.spec.precision, runtime="onnxruntime", files=[described],
-            source="onnx-fp32", dim=1, patch=1, opset=0, max_batch=job.config.max_batch, build_seconds=0.0, folder=job.out,
-        )  # fmt: skip
+        described = entry.model_copy(update={"path": path.name, "sha256": sha256_file(path), "bytes": len(data)})
+        artifact = job.source("onnx-fp32").model_copy(
+            update={"target": job.target, "precision": job.spec.precision, "files": [described], "folder": job.out}
+        )
         return Candidate(OnnxEncoder(artifact, described), len(data))
     finally:
         path.unlink(missing_ok=True)

@@ -24,13 +24,15 @@ from export.budgeted import search_kept
 from export.calibrate import calibrate
 from export.calibration import Calibration
 from export.engine import build_engine, load_runtime
-from export.graph import INPUT, OUTPUTS, load_graph, serialize, type_counts
+from export.graph import INPUT, OPSET, OUTPUTS, export_onnx, load_graph, serialize, type_counts
 from export.half import fit_half
 from export.lint import lint
 from export.openvino_graph import for_openvino
+from export.others import OTHERS
+from export.plan import plan_graph
 from export.proof import prove, refuse
 from export.quantize import QuantizeConfig, quantize
-from export.runtimes import why_unrunnable
+from export.runtimes import load_openvino, why_unrunnable
 from export.split_qkv import split_qkv
 from export.targets import PLAN, ExportConfig, Images, Job, Target, at_resolution
 
@@ -72,8 +74,6 @@ def float_graphs(job: Job) -> Artifact:
     for size in job.config.sizes(preprocess):
         path = job.out / f"model_{size}.onnx"
         if precision == "fp32":
-            from export.graph import export_onnx
-
             export_onnx(backbone, path, size, "fp32")
         else:
             least = job.config.gates.least(precision)
@@ -134,26 +134,13 @@ def _trained_scales(job: Job) -> Calibration | None:
 
 def _as_trained(settings: QuantizeConfig, path: Path, trained: Calibration) -> QuantizeConfig:
     """The settings that quantize those layers and no others, and change nothing that training has settled."""
-    from export.plan import plan_graph
-
-    plain: dict[str, Any] = {
-        "smooth": None,
-        "offset": False,
-        "bias_correction": False,
-        "rounding": "nearest",
-        "attention": False,
-        "keep": [],
-    }
-    plain["patch_embed"] = "patch_embed.proj" in trained.layers
-    everything = settings.model_copy(update=plain)
+    everything = settings.plain().model_copy(update={"keep": [], "patch_embed": "patch_embed.proj" in trained.layers})
     names = [e.layer for e in plan_graph(load_graph(path), everything, trained.precision) if e.decision == trained.precision]
     return everything.model_copy(update={"keep": [n for n in names if n not in trained.layers]})
 
 
 def other_graphs(job: Job) -> Artifact:
     """By other people's quantizers at their own settings, through the same proofs."""
-    from export.others import OTHERS
-
     source = job.source("onnx-fp32")
     began, made = time.perf_counter(), _Made(source.dim, source.patch)
     quantizer = OTHERS[job.target]
@@ -172,7 +159,7 @@ def other_graphs(job: Job) -> Artifact:
 
 def openvino_graphs(job: Job) -> Artifact:
     """An ONNX graph as OpenVINO's CPU plugin runs it best: in FP32 or BF16 as it is, quantized rewritten around the same integers."""
-    load_openvino()
+    load_openvino()  # absent, the target is skipped before anything is read
     source = job.source(job.spec.needs[0])
     began, made = time.perf_counter(), _Made(source.dim, source.patch)
     for entry in source.files:
@@ -188,12 +175,6 @@ def openvino_graphs(job: Job) -> Artifact:
     made.details["openvino"] = {"inference_precision": inside}
     made.reason = why_unrunnable("openvino", [])
     return _artifact(job, made, source.target, time.perf_counter() - began, _versions("openvino", "onnx"))
-
-
-def load_openvino() -> Any:
-    from export.runtimes import load_openvino as load
-
-    return load()
 
 
 def engines(job: Job) -> Artifact:
@@ -334,8 +315,6 @@ def _artifact(job: Job, made: _Made, source: str, seconds: float, versions: dict
 
 def _opset(made: _Made, job: Job) -> int:
     """Of the ONNX graph: the served one, or the one that an engine was compiled from."""
-    from export.graph import OPSET
-
     served = job.out / made.files[0].path
     return (
         next((o.version for o in load_graph(served).opset_import if not o.domain), OPSET) if served.suffix == ".onnx" else OPSET

@@ -123,11 +123,6 @@ class Calibration:
             raise UserError(f"quantization.json has weights {precision!r} in {len(layers)} layers; train the qad model again.")
         return cls(precision, layers, trained=True)
 
-    @classmethod
-    def from_scales(cls, scales: Mapping[str, float]) -> "Calibration":
-        """INT8 with these activation scales by layer name; weights by their own ranges."""
-        return cls("int8", {name: LayerCalibration(input_scale=float(s)) for name, s in scales.items()})
-
     def with_codes(self, quantized: ModelProto) -> "Calibration":
         """With the weights' codes of a graph that was quantized by this calibration: another type of graph then has the same.
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill.errors import UserError
-from export.anatomy import Anatomy
-from export.attention_blocks import AttentionBlock, attention_blocks
+from export.attention_blocks import AttentionBlock
 from export.proof import Proof, with_products
 
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
@@ -87,11 +86,6 @@ def prove_plan(plan: bytes, graph: Proof, blocks: Iterable[AttentionBlock] = ())
         note = "the plan's kernels cannot be read without its GPU: not measured, the graph's types stand"
         return replace(graph, notes=(*graph.notes, note))
     return replace(_corrected(graph, kernels, list(blocks)), source="compiled plan", layers=len(kernels))
-
-
-def prove_compiled(plan: bytes, anatomy: Anatomy, graph: Proof) -> Proof:
-    """`prove_plan` with the attention blocks of the graph that was compiled."""
-    return prove_plan(plan, graph, attention_blocks(anatomy))
 
 
 def inspector_json(trt: Any, plan: bytes, log: Any) -> str:

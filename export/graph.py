@@ -6,11 +6,8 @@ residual stream behind a block is the tensor `blocks.0`. Reading graphs is `node
 Shape legend: B batch, T tokens, N patch tokens, D width.
 """
 
-import logging
 import re
-import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +20,7 @@ from distill.errors import EnvironmentFailed, UserError
 from distill.files import write_bytes
 from distill.models.kinds import AnyBackbone
 from distill.models.timm_backbone import TimmBackbone
+from distill.quiet import quiet
 from export.nodes import (
     INPUT,
     LINEAR_OPS,
@@ -65,6 +63,7 @@ __all__ = [
 ]
 
 OPSET = 20  # 17 has LayerNormalization, 19 FP16 scales, 20 Gelu; more would shut out TensorRT 10.3 (BF16: `typed.OPSET_OF`)
+EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # who talk while torch exports
 PROTOBUF_LIMIT = 2**31 - 1
 PREFIX = "backbone."  # of weights in the trace
 
@@ -156,7 +155,7 @@ def named_blocks(backbone: AnyBackbone) -> list[tuple[str, nn.Module]]:
 
 def _trace(module: nn.Module, size: int, stream: list[str]) -> ModelProto:
     """torch.export, then torch's ONNX translation with its own constant folding. Batch 2: a batch of 1 would be specialised."""
-    with _quiet(), torch.inference_mode(False), torch.no_grad():
+    with quiet(*EXPORTERS), torch.inference_mode(False), torch.no_grad():
         program = torch.onnx.export(
             module,
             (torch.zeros(2, 3, size, size),),
@@ -173,22 +172,6 @@ def _trace(module: nn.Module, size: int, stream: list[str]) -> ModelProto:
     assert [o.name for o in model.graph.output] == [*OUTPUTS, *stream]
     del model.graph.output[len(OUTPUTS) :]
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's exporter talks on the logs and in warnings about things that a user cannot change."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [log.level for log in loggers]
-    for log in loggers:
-        log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)
 
 
 def _name_linears(model: ModelProto, backbone: nn.Module) -> None:

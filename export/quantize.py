@@ -10,14 +10,8 @@ Everything but the planned layers stays in the graph's floating point: residual 
 TensorRT's parser refuses int32 biases and any zero point but 0 by name, so neither is made.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import onnx
-import onnxruntime
 from onnx import ModelProto
-from torch import Tensor
 
 from distill.errors import UserError
 from export.calibrate import calibrate
@@ -27,6 +21,7 @@ from export.nodes import element_types
 from export.plan import PlanEntry, lift_constants, plan_graph
 from export.qdq import insert
 from export.quantize_config import QuantizeConfig
+from export.sessions import quiet_options
 
 __all__ = [
     "Calibration",
@@ -34,10 +29,8 @@ __all__ = [
     "LayerCalibration",
     "PlanEntry",
     "QuantizeConfig",
-    "activation_scales",
     "calibrate",
     "plan_graph",
-    "plan_scales",
     "quantize",
     "quiet_options",
 ]
@@ -47,14 +40,13 @@ IR_OF_OPSET_21 = 10
 
 
 def quantize(
-    model: ModelProto, calibration: Calibration | Mapping[str, float], config: QuantizeConfig, precision: str = "int8"
+    model: ModelProto, calibration: Calibration, config: QuantizeConfig, precision: str = "int8"
 ) -> tuple[ModelProto, list[PlanEntry]]:
     """Quantize a copy of an FP32, FP16 or BF16 graph. Scales take the type of what they scale.
 
     Args:
         calibration: of the same student (`calibrate`, `Calibration.from_json`, `Calibration.from_qad`); it may know more layers than
-            `config.keep` leaves. For exactly the codes of another graph see `Calibration.with_codes`. Or plain INT8 activation
-            scales by layer name.
+            `config.keep` leaves. For exactly the codes of another graph see `Calibration.with_codes`.
         precision: int8, fp8, w8 or w4; the calibration's.
 
     Returns:
@@ -63,8 +55,6 @@ def quantize(
     Raises:
         UserError: the calibration does not fit the graph, or nothing is left to quantize.
     """
-    if not isinstance(calibration, Calibration):
-        calibration = Calibration.from_scales(calibration)
     check_precision(calibration, precision)
     out = at_opset(lift_constants(model), precision)
     plan = plan_graph(out, config, precision)
@@ -96,27 +86,3 @@ def at_opset(model: ModelProto, precision: str) -> ModelProto:
     next(o for o in model.opset_import if not o.domain).version = need
     model.ir_version = max(model.ir_version, IR_OF_OPSET_21)
     return model
-
-
-def activation_scales(path: Path, images: Tensor, config: QuantizeConfig) -> dict[str, float]:
-    """INT8 scales of the inputs of every layer to quantize, on images [n, 3, H, W]: calibration and nothing else.
-
-    Raises:
-        UserError: see `calibrate`.
-    """
-    plain = {"smooth": None, "offset": False, "bias_correction": False, "rounding": "nearest", "attention": False}
-    found = calibrate(path, images, config.model_copy(update=plain)).layers
-    return {name: layer.input_scale for name, layer in found.items() if layer.input_scale is not None}
-
-
-def plan_scales(plan: list[dict[str, Any]]) -> dict[str, float]:
-    """Activation scales of a plan's JSON."""
-    return {entry["layer"]: float(entry["input_scale"]) for entry in plan if entry["input_scale"] is not None}
-
-
-def quiet_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    return options

@@ -55,6 +55,13 @@ class QuantizeConfig(Config):
     block: int = 32
     budget: BudgetConfig | None = None
 
+    def plain(self) -> "QuantizeConfig":
+        """Scales and nothing else: for weights whose numbers are not to be moved, such as those of quantization-aware training. `l3` is
+        the best single clipping rule where nothing smooths (patches' mean cosine on a trained ViT-S/14: .9968, minmax .9936).
+        """
+        nothing = {"smooth": None, "offset": False, "bias_correction": False, "rounding": "nearest", "attention": False}
+        return self.model_copy(update={**nothing, "calibration": "l3", "budget": None})
+
     def problems(self) -> list[str]:
         found = []
         if not 50 < self.percentile <= 100:

@@ -120,7 +120,7 @@ class ExportConfig(Config):
         if not self.compute_capabilities and any(t.startswith("rtx-") for t in self.targets):
             found.append("compute_capabilities must name at least one GPU generation for the rtx targets")
         if self.quantize.budget is not None and not any(SPECS[t].searches for t in in_order(list(self.targets))):
-            found.append("quantize.budget has nothing to judge: no target is quantized by our planner")
+            found.append("quantize has a budget and nothing to judge: no target is quantized by our planner")
         return found
 
     def sizes(self, preprocess: Preprocess) -> list[int]:

@@ -4,28 +4,31 @@ Every function here returns `work(folder, progress)`; nothing is computed before
 """
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from distill.files import read_json, write_json
 from distill.importance import measure
-from distill.models.backbone import Backbone, BackboneConfig
+from distill.models.backbone import BackboneConfig
 from distill.models.checkpoints import load_backbone, load_heads, load_into, load_preprocess, model_info, save_model
 from distill.models.fake_quant import FORMAT, strip, with_fake_quant
 from distill.models.headed import HeadedBackbone
 from distill.models.match_head import MatchHead, identity_match_head
 from distill.progress import Progress
 from distill.prune import Cost, PruneReport, macs, prune
-from distill.sparsity import Sparsity24
+from distill.rows import read_rows, write_rows
+from distill.sparsity import Sparsity24, hold
 from recipes.data import Data
 from recipes.derived import PrunedConfig, RecoveryConfig
 from recipes.schema import Recipe
 from recipes.work import (
     MATCH,
     Work,
+    finished,
     fresh_model,
     load_teacher_model,
     run_training,
@@ -58,77 +61,99 @@ def pruned(r: Recipe, data: Data, run: Path, name: str) -> Work:
         if (folder / "model.json").exists():
             return
         teacher = load_teacher_model(run / "teacher", r.distill.objectives)
-        normalize = load_preprocess(run / "teacher").normalize
         before = run / r.subjects()[config.of]
         start = load_backbone(before).config
         assert isinstance(start, BackboneConfig), "checked by the recipe"
         cost = cost_of(config, start, r.input.size, folder)
         rounds = config.targets(cost(start))
-        reports: list[dict[str, Any]] = []
         for number, target in enumerate(rounds, 1):
             here = folder / f"round-{number}"
-            if not (here / PRUNING).exists():
-                student = load_student(r, before, teacher.backbone.dim)
-                training = (config.recovery or RecoveryConfig(images=r.distill.batch)).training(r.distill, 1 / len(rounds))
-                progress.say(f"pruned/{name}: round {number} of {len(rounds)}, importance by {config.importance}")
-                scores, seen = measure(
-                    config.importance, config.images, student, teacher, training, data.train, r.input.normalize,
-                    r.seed + number, r.runtime, normalize,
-                )  # fmt: skip
-                smaller, report = prune(student, config, target, scores, cost, seen, start)
-                said = _summary(report)
-                progress.say(f"pruned/{name}: {said}")
-                if config.sparsity:
-                    Sparsity24(smaller.backbone).apply_()  # type: ignore[arg-type]
-                save_model(
-                    here / "cut", smaller.backbone, r.input.preprocess(), smaller.heads(), {"kind": "pruned", "of": config.of}
-                )
-                write_json(here / PRUNING, report.to_json())
-            reports.append(read_json(here / PRUNING))
+            _cut(r, data, run, name, number, before, here, teacher, start, target, cost, progress)
             before = here / "cut"
             if config.recovery is not None:
-                before = _recover(r, data, run, name, config, here, teacher, normalize, 1 / len(rounds), progress)
+                before = _recover(r, data, run, name, here, teacher, progress)
         final = load_student(r, before, teacher.backbone.dim)
-        write_json(folder / PRUNING, _whole(config, reports, final.backbone))
-        lineage = model_info(before)["lineage"] | {"kind": "pruned", "of": r.subjects()[config.of], "seed": r.seed}
-        save_match(folder, final)
-        save_model(folder, final.backbone, r.input.preprocess(), final.heads(), lineage)
+        with first_process() as first:
+            if first:
+                reports = [read_json(folder / f"round-{n}" / PRUNING) for n in range(1, len(rounds) + 1)]
+                write_json(folder / PRUNING, _whole(config, reports))
+                write_rows(folder / "rows.jsonl", read_rows(before / "rows.jsonl") if config.recovery is not None else [])
+                lineage = model_info(before)["lineage"] | {"kind": "pruned", "of": r.subjects()[config.of], "seed": r.seed}
+                save_match(folder, final)
+                save_model(folder, final.backbone, r.input.preprocess(), final.heads(), lineage)
 
     return work
 
 
-def _recover(
+def _cut(
     r: Recipe,
     data: Data,
     run: Path,
     name: str,
-    config: PrunedConfig,
+    number: int,
+    before: Path,
     here: Path,
     teacher: HeadedBackbone,
-    normalize: str,
-    share: float,
+    start: BackboneConfig,
+    target: float,
+    cost: Cost,
     progress: Progress,
-) -> Path:
+) -> None:
+    """One round's measuring and cutting: `here/cut` and, last, `here/pruning.json`. Every process decides the same; the first one writes.
+
+    Args:
+        before: folder of the model as it is; start: the network that the first round began with.
+    """
+    config = r.pruned[name]
+    with first_process():  # nobody writes before all have looked
+        done = (here / PRUNING).exists()
+    if done:
+        return
+    student = load_student(r, before, teacher.backbone.dim)
+    training = (config.recovery or RecoveryConfig(images=r.distill.batch)).training(r.distill, 1 / config.steps)
+    progress.say(f"pruned/{name}: round {number} of {config.steps}, importance by {config.importance}")
+    scores, seen = measure(
+        config.importance, config.images, student, teacher, training, data.train, r.input.normalize,
+        r.seed + number, r.runtime, load_preprocess(run / "teacher").normalize,
+    )  # fmt: skip
+    smaller, report = prune(student, config, target, scores, cost, seen, start)
+    progress.say(f"pruned/{name}: {_summary(report)}")
+    if config.sparsity and number == config.steps:
+        Sparsity24(smaller.backbone).apply_()
+    with first_process() as first:
+        if first:
+            save_match(here / "cut", smaller)
+            lineage = {"kind": "pruned", "of": config.of}
+            save_model(here / "cut", smaller.backbone, r.input.preprocess(), smaller.heads(), lineage)
+            write_json(here / PRUNING, report.to_json())
+
+
+def _recover(r: Recipe, data: Data, run: Path, name: str, here: Path, teacher: HeadedBackbone, progress: Progress) -> Path:
     """Distil what a round cut; the folder of the recovered model."""
-    folder = here / "recovered"
-    if (folder / "model.json").exists():
+    config, folder = r.pruned[name], here / "recovered"
+    if finished([folder], folder):
         return folder
     assert config.recovery is not None
     student = load_student(r, here / "cut", teacher.backbone.dim)
-    masks: list[Sparsity24] = [Sparsity24(student.backbone)] if config.sparsity else []  # type: ignore[arg-type]
-
-    def keep_sparse(models: dict[str, nn.Module]) -> None:
-        for model in models.values():
-            masks[0].apply_(model.backbone)  # type: ignore[arg-type]
-
-    training = config.recovery.training(r.distill, share)
+    sparse = config.sparsity is not None and here.name == f"round-{config.steps}"
+    training = config.recovery.training(r.distill, 1 / config.steps)
     trained = run_training(
-        r, data, training, {name: student}, folder, progress, f"pruned/{name}", {name: f"pruned/{name}"}, teacher, normalize,
+        r, data, training, {name: student}, folder, progress, f"pruned/{name}", {name: f"pruned/{name}"}, teacher,
+        load_preprocess(run / "teacher").normalize,
         cache=targets_cache(r, data, run, training) if training.cache is not None else None,
-        after_step=keep_sparse if masks else None,
+        after_step=hold({name: Sparsity24(student.backbone)}) if sparse else None,
     )  # fmt: skip
     save_trained(r, {folder: trained[name]}, training, "recovered", folder)
     return folder
+
+
+@contextmanager
+def first_process() -> Iterator[bool]:
+    """Whether this is the first of several processes; all go on together when it is through."""
+    from accelerate import PartialState
+
+    yield PartialState().is_main_process
+    PartialState().wait_for_everyone()
 
 
 def _summary(report: PruneReport) -> str:
@@ -141,10 +166,9 @@ def _summary(report: PruneReport) -> str:
     )
 
 
-def _whole(config: PrunedConfig, reports: list[dict[str, Any]], backbone: Any) -> dict[str, Any]:
+def _whole(config: PrunedConfig, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """pruning.json: what was asked, what every round did, and the widths in the end."""
     first, last = reports[0]["before"], reports[-1]["after"]
-    assert isinstance(backbone, Backbone)
     return {
         "from": config.of,
         "asked": {k: v for k, v in config.model_dump().items() if k in ("macs", "latency_ms", "parts", "importance", "steps")},
@@ -184,8 +208,7 @@ def pruned_control(r: Recipe, data: Data, run: Path, name: str) -> Work:
     """The pruned network with fresh weights, distilled on as many images as the pruned one and its ancestor have seen."""
 
     def work(folder: Path, progress: Progress) -> None:
-        if (folder / "model.json").exists():
-            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        if finished([folder], folder):
             return
         config, asked = r.pruned[name], r.distill.objectives
         assert config.recovery is not None
@@ -208,8 +231,7 @@ def qad(r: Recipe, data: Data, run: Path, name: str) -> Work:
     config = r.qad[name]
 
     def work(folder: Path, progress: Progress) -> None:
-        if (folder / "model.json").exists() and (folder / QUANTIZATION).exists():
-            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        if finished([folder], folder):
             return
         training, before = config.training(r.distill), run / r.subjects()[config.of]
         if config.teacher == "itself":
@@ -228,8 +250,11 @@ def qad(r: Recipe, data: Data, run: Path, name: str) -> Work:
             cache=targets_cache(r, data, run, training) if training.cache is not None else None,
         )[name]  # fmt: skip
         trained.backbone, quantization = strip(trained.backbone)
+        trained.match = None  # of a model that taught itself it is the identity; nothing goes on from here
         assert quantization["format"] == FORMAT
-        write_json(folder / QUANTIZATION, quantization)  # before model.json, which says that the folder is whole
+        with first_process() as first:
+            if first:
+                write_json(folder / QUANTIZATION, quantization)  # before model.json, which says that the folder is whole
         save_trained(r, {folder: trained}, training, "qad", folder)
 
     return work
@@ -239,23 +264,11 @@ def input_scales(r: Recipe, data: Data, student: HeadedBackbone, weights: str) -
     """The scale of each quantized layer's input, from the calibration that an export of this student would make."""
     from export.calibrate import calibrate
     from export.graph import export_onnx
-    from export.quantize import QuantizeConfig
 
-    # Smoothing and corrections move numbers between layers, which training does better; only the scales are taken.
-    settings: QuantizeConfig = r.export.quantize.model_copy(
-        update={
-            "smooth": None,
-            "offset": False,
-            "bias_correction": False,
-            "rounding": "nearest",
-            "attention": False,
-            "budget": None,
-        }
-    )
-    precision = "int8" if weights == "int8" else "w4"
+    settings = r.export.quantize.plain()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(student.backbone, path, r.input.size)
         images = data.tensors("train", settings.images, r.input.preprocess())
-        found = calibrate(path, images, settings, precision)
+        found = calibrate(path, images, settings, weights)
     return {name: layer.input_scale if weights == "int8" else None for name, layer in found.layers.items()}

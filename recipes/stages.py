@@ -165,7 +165,7 @@ def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:
 def _export_data(r: Recipe, data: Data, target: Target) -> dict[str, str]:
     """Calibration reads training images; a search for a budget in points of accuracy reads the labelled gallery too."""
     budget = r.export.quantize.budget
-    labelled = SPECS[target].searches and budget is not None and budget.asks_accuracy() and r.data.test is not None
+    labelled = SPECS[target].searches and budget is not None and budget.asks_accuracy()
     return data.fingerprints("train", "gallery") if labelled else data.fingerprints("train")
 
 

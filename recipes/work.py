@@ -119,7 +119,7 @@ def save_trained(
 
 def save_match(folder: Path, model: HeadedBackbone) -> None:
     """A trained projector, for trainings that go on with this model (recovery after pruning)."""
-    if model.match is not None and any(p.requires_grad for p in model.match.parameters()):
+    if model.match is not None:
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(folder / MATCH, model.match.state_dict())
 

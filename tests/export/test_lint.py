@@ -68,8 +68,8 @@ def test_a_quantized_graph_by_our_quantizer_is_healthy(graphs, tmp_path):
 
     source, size = graphs["mlp-fp32"][1], graphs["mlp-fp32"][2]
     config = module.QuantizeConfig()
-    scales = module.activation_scales(source, pictures(4, size), config)
-    model, _ = module.quantize(load_graph(source), scales, config)
+    calibration = module.calibrate(source, pictures(4, size), config)
+    model, _ = module.quantize(load_graph(source), calibration, config)
     assert rules(lint(model, "onnx-int8.onnx")) <= {"quantized-qkv-cut"}
 
 

@@ -24,7 +24,7 @@ from export.graph import (
     verify_precision,
 )
 from export.naive import quantize_everything
-from export.quantize import Calibration, QuantizeConfig, activation_scales, calibrate, plan_scales, quantize, quiet_options
+from export.quantize import Calibration, LayerCalibration, QuantizeConfig, calibrate, quantize, quiet_options
 
 DEFAULT = QuantizeConfig()
 PLAIN = QuantizeConfig(smooth=None, offset=False, bias_correction=False, rounding="nearest", weights="minmax")
@@ -258,19 +258,13 @@ def test_everything_quantized_is_far_worse(graphs):
         quantize_everything(path, pictures(0, size))
 
 
-def test_plain_scales_by_name(graphs):
-    _, path, size = graphs["mlp-fp32"]
-    scales = activation_scales(path, pictures(8, size), DEFAULT)
-    model, plan = quantize(load_graph(path), scales, PLAIN)
-    assert plan_scales([e.to_json() for e in plan]) == pytest.approx(scales)
-    images = pictures(4, size, seed=5)
-    assert worst_cosine(run(model, images), run(path.read_bytes(), images)) > 0.99
+TWO = Calibration("int8", {name: LayerCalibration(input_scale=0.1) for name in ("a", "b")})
 
 
 def test_calibrations_that_do_not_fit(graphs):
     _, path, size = graphs["mlp-fp32"]
     with pytest.raises(UserError, match=r"no scale for blocks\.0\.attn\.qkv"):
-        quantize(load_graph(path), {}, DEFAULT)
+        quantize(load_graph(path), Calibration("int8", {}), DEFAULT)
     calibration = calibrate(path, pictures(2, size), DEFAULT)
     with pytest.raises(UserError, match="is of int8, not of fp8; export onnx-fp8 again"):
         quantize(load_graph(path), calibration, DEFAULT, "fp8")
@@ -295,9 +289,9 @@ def two_products_of_one_weight() -> onnx.ModelProto:
 
 def test_a_weight_that_two_layers_share():
     """The exporter stores equal weights once: quantizing one layer must not take the other's floats away."""
-    model, plan = quantize(two_products_of_one_weight(), {"a": 0.1, "b": 0.1}, DEFAULT)
+    model, plan = quantize(two_products_of_one_weight(), TWO, DEFAULT)
     assert sum(e.quantized for e in plan) == 2
     assert quantized_linears(model) == {"a", "b"}
-    model, _ = quantize(two_products_of_one_weight(), {"a": 0.1, "b": 0.1}, QuantizeConfig(keep=["b"]))
+    model, _ = quantize(two_products_of_one_weight(), TWO, QuantizeConfig(keep=["b"]))
     assert {"w", "a.weight_int8"} <= set(constants(model))
     assert quantized_linears(model) == {"a"}
