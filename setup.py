@@ -63,10 +63,8 @@ setup(
         "test": TEST,
         "tensorrt": ["tensorrt>=10.3"],  # fetches its libraries from the vendor's own index
         "openvino": ["openvino>=2025.0", "nncf>=2.13"],
-        "modelopt": [
-            "nvidia-modelopt>=0.40",
-            "requests",
-        ],  # not its [onnx] extra, which pulls a second ONNX Runtime; it imports requests
+        # Not its [onnx] extra, which pulls a second ONNX Runtime; it imports requests.
+        "modelopt": ["nvidia-modelopt>=0.40", "requests"],
     },
     entry_points={"console_scripts": ["decant = recipes.cli:main"]},
 )
