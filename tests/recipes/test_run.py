@@ -450,7 +450,9 @@ def test_half_done_work_of_other_settings_is_not_continued(tmp_path: Path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_that_the_same_command_continues(tmp_path: Path, number: int, code: int):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored, and children inherit that
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background shell has it ignored, and children inherit that
     try:
         process = start(tmp_path / "run")
     finally:
