@@ -33,6 +33,18 @@ class Encoder(Protocol):
     def __call__(self, images: Tensor) -> Features: ...
 
 
+@runtime_checkable
+class LayeredEncoder(Encoder, Protocol):
+    """An Encoder that can also look inside: a network in PyTorch; an exported file holds only what it returns."""
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+
+    def layers(self, images: Tensor, n: int) -> list[Features]:
+        """Features after each of the last n blocks, earliest first, each through the final LayerNorm."""
+
+
 class RawPixels:
     """The yardstick that needs no network: standardised pixels. `cls` is the flattened image, `patches` its 8 x 8 px cells.
 
@@ -77,3 +89,14 @@ class TorchEncoder:
     def __call__(self, images: Tensor) -> Features:
         out = self.backbone(images.to(self.device))
         return Features(out.cls.float().cpu(), out.patches.float().cpu())
+
+    @property
+    def depth(self) -> int:
+        """Blocks that can be looked into: 0 for networks that are no Vision Transformers of ours."""
+        return len(self.backbone.blocks) if hasattr(self.backbone, "intermediate") else 0  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def layers(self, images: Tensor, n: int) -> list[Features]:
+        assert 1 <= n <= self.depth
+        found = self.backbone.intermediate(images.to(self.device), list(range(self.depth - n, self.depth)))  # type: ignore[operator]
+        return [Features(out.cls.float().cpu(), out.patches.float().cpu()) for out in found]

@@ -32,16 +32,22 @@ class Preprocess:
         interpolation: `bicubic`, `bilinear` or `lanczos`.
         normalize: a name of `CONSTANTS` (constant mean and deviation), `per_image` (each channel of each image to mean 0, deviation 1)
             or `none`.
+        fit: `crop` (shorter side to `resize`, then the centre), or `squash`: the whole image to the square, its sides scaled apart, as
+            dense evaluations need it, which must not lose the borders.
     """
 
     size: int
     resize: int
     interpolation: str = "bicubic"
     normalize: str = "imagenet"
+    fit: str = "crop"
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Pillow image of any mode -> [3, size, size] float32, C-contiguous."""
         image = to_rgb(image)
+        if self.fit == "squash":
+            image = image.resize((self.size, self.size), FILTERS[self.interpolation])
+            return np.ascontiguousarray(self.normalized(np.asarray(image, np.float32).transpose(2, 0, 1) / 255.0))
         w, h = image.size
         scale = self.resize / min(w, h)
         if (w, h) != (new := (max(self.size, round(w * scale)), max(self.size, round(h * scale)))):
@@ -55,7 +61,8 @@ class Preprocess:
         return normalize(pixels, self.normalize)
 
     def to_json(self) -> dict:
-        return asdict(self)
+        """What makes the same Preprocess again; the usual `fit` is not mentioned."""
+        return {k: v for k, v in asdict(self).items() if (k, v) != ("fit", "crop")}
 
     @staticmethod
     def from_json(value: dict) -> "Preprocess":

@@ -1,0 +1,248 @@
+"""Scores that are more than right or wrong: sums over items, so that each has a bootstrap interval and paired differences.
+
+A score of n items (images, queries, pairs, videos) is a function of the sum over items of S statistics each: mIoU of the classes'
+intersections and unions, RMSE of squared errors and pixels, mAP of average precisions. Drawing items with replacement (Efron 1979) is then
+a matrix product, and two subjects measured on the same items are drawn together.
+
+Shape legend: n items, S statistics, R draws.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from distill.errors import UserError
+from distill.files import replacing
+from distill.rows import Row, not_measured
+
+RESAMPLES = 2000
+THRESHOLDS = 256  # of `micro_ap`
+FEW = 30  # below this many items a row says so
+SHARED = (
+    "task",
+    "kind",
+    "data",
+    "data_fingerprint",
+    "gallery",
+    "gallery_fingerprint",
+    "resolution",
+    "shots",
+    "k",
+    "alpha",
+    "protocol",
+)
+
+
+def _share(sums: np.ndarray) -> np.ndarray:
+    return _divided(sums[..., 0], sums[..., 1])
+
+
+def _mean_iou(sums: np.ndarray) -> np.ndarray:
+    """[..., 2 C] intersections, then unions -> the mean over classes that occur (union above 0), in percent."""
+    inside, union = np.split(sums, 2, -1)
+    there = union > 0
+    return 100 * _divided(np.where(there, inside / np.where(there, union, 1), 0).sum(-1), there.sum(-1))
+
+
+def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.where(b > 0, a / np.where(b > 0, b, 1), np.nan)
+
+
+def _micro_ap(sums: np.ndarray) -> np.ndarray:
+    """[..., 2 T] relevant pairs, then others, from the most similar down -> area under the precision-recall curve in percent."""
+    relevant, others = np.split(sums, 2, -1)
+    found = relevant.cumsum(-1)
+    precision = _divided(found, found + others.cumsum(-1))
+    return 100 * _divided((np.nan_to_num(precision) * relevant).sum(-1), found[..., -1])
+
+
+REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "share": _share,  # sum of the first statistic by that of the second
+    "percent": lambda sums: 100 * _share(sums),
+    "root": lambda sums: np.sqrt(_share(sums)),
+    "mean_iou": _mean_iou,
+    "micro_ap": _micro_ap,
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of one subject.
+
+    Attributes:
+        metric: as in Row: `miou`, `rmse_m`, `map`, ...; percent where it is a share.
+        reduction: a key of `REDUCTIONS`.
+        stats: [n, S] float64, finite, one row an item.
+        conditions: what belongs to this score alone, such as k.
+        headline: kept, and compared between subjects in pairs.
+    """
+
+    metric: str
+    reduction: str
+    stats: np.ndarray
+    conditions: dict[str, Any] = field(default_factory=dict)
+    headline: bool = True
+
+    def value(self) -> float:
+        return float(REDUCTIONS[self.reduction](self.stats.sum(0)))
+
+
+def percent_right(metric: str, right: np.ndarray, **conditions: Any) -> Score:
+    """`right` [n], bool or a share 0..1 for each item -> their mean in percent."""
+    right = np.asarray(right, np.float64)
+    return Score(metric, "percent", np.stack([right, np.ones_like(right)], 1), conditions)
+
+
+def interval(score: Score, seed: int = 0) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval over items; None for fewer than two items."""
+    if len(score.stats) < 2:
+        return None
+    return _limits(REDUCTIONS[score.reduction](_drawn(score.stats, seed)))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """a minus b over the same n items, with its 95 % interval (None for fewer than two items)."""
+
+    value: float
+    interval: tuple[float, float] | None
+    n: int
+
+
+def paired(a: Score, b: Score, seed: int = 0) -> Difference:
+    """Both scores over the same draws of items: what makes an item hard is in both, and cancels."""
+    assert (a.metric, a.reduction, a.stats.shape) == (b.metric, b.reduction, b.stats.shape)
+    reduce = REDUCTIONS[a.reduction]
+    found = None
+    if len(a.stats) > 1:
+        both = _drawn(np.concatenate([a.stats, b.stats], 1), seed)
+        mine, theirs = np.split(both, 2, -1)
+        found = _limits(reduce(mine) - reduce(theirs))
+    return Difference(a.value() - b.value(), found, len(a.stats))
+
+
+def _drawn(stats: np.ndarray, seed: int) -> np.ndarray:
+    """[n, S] -> [R, S]: sums over R draws of n items, a slice of draws at a time."""
+    n, generator = len(stats), np.random.default_rng(seed)
+    slices = [min(200, RESAMPLES - start) for start in range(0, RESAMPLES, 200)]
+    return np.concatenate([generator.multinomial(n, np.full(n, 1 / n), size=r) @ stats for r in slices])
+
+
+def _limits(values: np.ndarray) -> tuple[float, float] | None:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@dataclass
+class ScoreBook:
+    """All scores of an evaluation, so that any two subjects can be compared later on the same items.
+
+    Attributes:
+        stats: key -> [n, S]. about: key -> subject, target, metric, reduction, and the conditions that must agree. Keys:
+            `camvid/students/small/onnx-int8@224/miou`.
+    """
+
+    stats: dict[str, np.ndarray] = field(default_factory=dict)
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def rows(self, subject: str, target: str, conditions: dict[str, Any], scores: Iterable[Score]) -> list[Row]:
+        """Rows with intervals; headlines are kept for paired differences. `conditions` has `task` and `resolution`."""
+        found = []
+        for score in scores:
+            said = {**conditions, **score.conditions}
+            limits, value = interval(score), score.value()
+            if not np.isfinite(value):
+                found.append(not_measured(score.metric, subject, target, "No item of the test set can be scored.", **said))
+                continue
+            if score.headline:
+                extra = "".join(
+                    f"-{name}{score.conditions[name]}" for name in ("shots", "k", "alpha") if name in score.conditions
+                )
+                key = f"{said['task']}/{subject}/{target}@{said['resolution']}/{score.metric}{extra}"
+                self.stats[key] = np.asarray(score.stats, np.float64)
+                self.about[key] = {"subject": subject, "target": target, "metric": score.metric, "reduction": score.reduction}
+                self.about[key] |= {name: said[name] for name in SHARED if name in said}
+            few = {"few_samples": True} if len(score.stats) < FEW else {}
+            low, high = limits or (None, None)
+            found.append(
+                Row(
+                    metric=score.metric,
+                    value=value,
+                    low=low,
+                    high=high,
+                    n=len(score.stats),
+                    subject=subject,
+                    target=target,
+                    conditions={**said, **few, "interval": "bootstrap over items"} if limits else {**said, **few},
+                )
+            )
+        return found
+
+    def differences(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+        """Rows `<metric>_difference`, first minus second of `subject/target` pairs, wherever both have the same score of the same items."""
+        found = []
+        for first, second in pairs:
+            mine, theirs = self._of(first), self._of(second)
+            for what, key in mine.items():
+                if what in theirs and self.stats[key].shape == self.stats[theirs[what]].shape:
+                    found.append(self._difference(key, theirs[what], second))
+        return found
+
+    def _of(self, name: str) -> dict[str, str]:
+        """What was scored -> key, of one `subject/target`."""
+        found = {}
+        for key, about in self.about.items():
+            if f"{about['subject']}/{about['target']}" == name:
+                same = {k: v for k, v in about.items() if k not in ("subject", "target", "resolution")}
+                found[json.dumps(same, sort_keys=True)] = key
+        return found
+
+    def score(self, key: str) -> Score:
+        about = self.about[key]
+        return Score(about["metric"], about["reduction"], self.stats[key])
+
+    def _difference(self, a: str, b: str, second: str) -> Row:
+        about = self.about[a]
+        found = paired(self.score(a), self.score(b))
+        low, high = found.interval or (None, None)
+        conditions = {"versus": second, "interval": "paired bootstrap over items"}
+        conditions |= {name: about[name] for name in SHARED if name in about}
+        if (other := self.about[b].get("resolution")) != about.get("resolution"):
+            conditions["versus_resolution"] = other
+        return Row(
+            metric=f"{about['metric']}_difference",
+            value=found.value,
+            low=low,
+            high=high,
+            n=found.n,
+            subject=about["subject"],
+            target=about["target"],
+            conditions=conditions | ({"few_samples": True} if found.n < FEW else {}),
+        )
+
+    def save(self, path: Path) -> None:
+        with replacing(path) as part:
+            save_file(
+                {k: np.ascontiguousarray(v) for k, v in self.stats.items()},
+                part,
+                metadata={"about": json.dumps(self.about, sort_keys=True)},
+            )
+
+    @staticmethod
+    def load(path: Path) -> "ScoreBook":
+        """Raises UserError where the file is absent or damaged."""
+        try:
+            with safe_open(path, "np") as f:
+                stats = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+                return ScoreBook(stats, json.loads((f.metadata() or {})["about"]))
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as e:
+            raise UserError(f"{path} holds no scores ({e}). Run the evaluation that writes it again.") from e

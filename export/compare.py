@@ -1,0 +1,405 @@
+"""Two runs, number by number: the difference, what is known of it, and gates that a change must pass.
+
+What was measured on the same test images is compared in pairs (both runs keep their answers image by image); else the two intervals are
+joined (MOVER, Zou & Donner 2008: the limits of a difference lie the root of the summed squared half-widths away). Latencies of two runs
+were never interleaved, so they are compared only where the machine is the same, and even then load may differ: a note says so.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from distill.errors import UserError
+from distill.evaluate.pairs import Predictions
+from distill.evaluate.scores import ScoreBook
+from distill.evaluate.scores import paired as paired_scores
+from distill.files import read_json
+from distill.rows import Row, read_rows
+from export.labels import SHIPPED
+
+Verdict = Literal["BETTER", "WORSE", "INCONCLUSIVE", "EQUAL", "NOT COMPARED"]
+HIGHER = frozenset(
+    """knn_top1 linear_top1 logistic_top1 few_shot_top1 video_top1 video_knn_top1 miou pixel_accuracy foreground_iou delta1 map recall_at_k
+    micro_ap pck images_per_s cosine_min cosine_p1 cosine_mean""".split()  # noqa: SIM905
+)
+LOWER = frozenset(
+    """latency_p50_ms latency_p90_ms latency_p99_ms latency_mean_ms gpu_latency_p50_ms size_mb load_s build_s peak_memory_mb rmse_m abs_rel
+    energy_mj_per_image preprocess_p50_ms max_abs mean_abs nan_count""".split()  # noqa: SIM905
+)
+TIMED = frozenset(
+    """latency_p50_ms latency_p90_ms latency_p99_ms latency_mean_ms gpu_latency_p50_ms images_per_s load_s build_s peak_memory_mb
+    energy_mj_per_image preprocess_p50_ms""".split()  # noqa: SIM905
+)
+ALIASES = {
+    "knn": "knn_top1",
+    "linear": "linear_top1",
+    "logistic": "logistic_top1",
+    "latency": "latency_p50_ms",
+    "size": "size_mb",
+    "throughput": "images_per_s",
+    "memory": "peak_memory_mb",
+    "rmse": "rmse_m",
+    "cosine": "cosine_min",
+}
+# What tells two rows of one metric, subject and target apart.
+APART = ("task", "resolution", "batch", "threads", "k", "shots", "alpha", "output", "source", "class_name")
+DATA = ("data_fingerprint", "gallery_fingerprint")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two runs."""
+
+    name: str
+    rows: list[Row]
+    recipe: str | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+    predictions: Predictions | None = None
+    scores: ScoreBook | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """B minus A of one number.
+
+    Attributes:
+        where: the conditions that tell it from its sisters, in words.
+        a, b: the two values. difference: b - a. low, high: its 95 % interval, where there is one.
+        percent: the difference in percent of a.
+        how: `paired`, `intervals`, `exact`, or why there is no verdict.
+    """
+
+    metric: str
+    subject: str
+    target: str
+    where: dict[str, Any]
+    a: float
+    b: float
+    low: float | None
+    high: float | None
+    verdict: Verdict
+    how: str
+
+    @property
+    def difference(self) -> float:
+        return self.b - self.a
+
+    @property
+    def percent(self) -> float | None:
+        return 100 * (self.b - self.a) / abs(self.a) if self.a else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "difference": self.difference, "percent": self.percent}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All changes, in the order of B's rows, and what only one run has.
+
+    Attributes:
+        only_a, only_b: "metric of subject on target". notes: sentences on what makes the runs hard to compare.
+    """
+
+    a: str
+    b: str
+    changes: list[Change]
+    only_a: list[str]
+    only_b: list[str]
+    notes: list[str]
+
+
+def read_side(path: Path) -> Side:
+    """A run folder, or a report.json or rows.jsonl that was kept of one.
+
+    Raises:
+        UserError: it is none of these, or holds no rows.
+    """
+    if path.is_dir():
+        rows = read_rows(path / "rows.jsonl")
+        if not rows:
+            raise UserError(f"{path} is no run folder with results (it has no rows.jsonl). Name one, or a report.json.")
+        machine = _json(path / "benchmark" / "fingerprint.json")
+        recipe = path / "recipe.yaml"
+        predictions, scores = path / "evaluate" / "predictions.safetensors", path / "evaluate" / "scores.safetensors"
+        return Side(
+            path.resolve().name,
+            rows,
+            recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+            machine,
+            Predictions.load(predictions) if predictions.is_file() else None,
+            ScoreBook.load(scores) if scores.is_file() else None,
+        )
+    try:
+        if path.suffix == ".jsonl":
+            rows = read_rows(path)
+            stored: dict[str, Any] = {}
+        else:
+            stored = read_json(path)
+            rows = [Row.model_validate(r) for r in stored["rows"]]
+    except FileNotFoundError as e:
+        raise UserError(f"There is no {path}. Name a run folder, its report.json or its rows.jsonl.") from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is neither a run's report.json nor its rows.jsonl ({type(e).__name__}).") from e
+    if not rows:
+        raise UserError(f"{path} holds no rows: there is nothing to compare.")
+    name = str(stored.get("run", {}).get("name") or path.stem)
+    return Side(name, rows, stored.get("recipe"), stored.get("fingerprint") or {})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def compare(a: Side, b: Side) -> Comparison:
+    """Every number that both runs measured under the same conditions."""
+    mine, theirs = _index(a.rows), _index(b.rows)
+    same_machine = _same_machine(a.machine, b.machine)
+    changes = [_change(a, b, mine[key], row, same_machine) for key, row in theirs.items() if key in mine]
+    only_a, only_b = ([_named(r) for k, r in one.items() if k not in other] for one, other in ((mine, theirs), (theirs, mine)))
+    return Comparison(a.name, b.name, changes, only_a, only_b, _notes(a, b, changes, same_machine))
+
+
+def _index(rows: Iterable[Row]) -> dict[tuple, Row]:
+    """Measured rows with a direction, by what they are."""
+    found: dict[tuple, Row] = {}
+    for row in rows:
+        if row.status == "measured" and row.metric in HIGHER | LOWER:
+            # A k that was chosen by the run itself is a result; the k of a grid is a condition.
+            chosen = row.metric in ("knn_top1", "video_knn_top1")
+            where = tuple((n, row.conditions[n]) for n in APART if n in row.conditions and not (n == "k" and chosen))
+            found[(row.metric, row.subject, row.target, where)] = row
+    return found
+
+
+def _named(row: Row) -> str:
+    return f"{row.metric} of {row.subject} on {row.target}"
+
+
+def _change(a: Side, b: Side, mine: Row, row: Row, same_machine: bool | None) -> Change:
+    assert mine.value is not None
+    assert row.value is not None
+    where = {n: row.conditions[n] for n in APART if n in row.conditions}
+    low, high, how = _interval(a, b, mine, row)
+    better = 1 if row.metric in HIGHER else -1
+    verdict: Verdict
+    if row.metric in TIMED and not same_machine:
+        low = high = None
+        verdict, how = "NOT COMPARED", "another machine" if same_machine is False else "the machine is not known"
+    elif any(mine.conditions.get(n) != row.conditions.get(n) for n in DATA):
+        verdict, how = "NOT COMPARED", "other data"
+    elif low is None or high is None:
+        gain = better * (row.value - mine.value)
+        certain = how == "exact"
+        verdict = "EQUAL" if gain == 0 else ("BETTER" if gain > 0 else "WORSE") if certain else "INCONCLUSIVE"
+    elif low <= 0 <= high:
+        verdict = "EQUAL" if low == high == 0 else "INCONCLUSIVE"
+    else:
+        verdict = "BETTER" if (low > 0) == (better > 0) else "WORSE"
+    return Change(row.metric, row.subject, row.target, where, mine.value, row.value, low, high, verdict, how)
+
+
+def _interval(a: Side, b: Side, mine: Row, row: Row) -> tuple[float | None, float | None, str]:
+    """(low, high, how) of b - a."""
+    if (found := _paired_predictions(a, b, row)) or (found := _paired_scores(a, b, row)):
+        return *found, "paired"
+    if row.metric in ("size_mb", "nan_count"):
+        return None, None, "exact"
+    if None in (mine.low, mine.high, row.low, row.high):
+        return None, None, "no interval"
+    assert mine.value is not None and row.value is not None  # noqa: PT018
+    assert mine.low is not None and mine.high is not None and row.low is not None and row.high is not None  # noqa: PT018
+    centre = row.value - mine.value
+    down = math.hypot(row.value - row.low, mine.high - mine.value)
+    up = math.hypot(row.high - row.value, mine.value - mine.low)
+    return centre - down, centre + up, "intervals"
+
+
+def _paired_predictions(a: Side, b: Side, row: Row) -> tuple[float, float] | None:
+    """Tango's interval of two accuracies on the same test images, where both runs kept their answers."""
+    from distill.evaluate.intervals import paired
+
+    if a.predictions is None or b.predictions is None or "task" in row.conditions:
+        return None
+    key = f"{row.subject}/{row.target}@{row.conditions.get('resolution')}/{row.metric}"
+    right = []
+    for side in (b.predictions, a.predictions):
+        if key not in side.said:
+            return None
+        right.append((side.said[key] == side.labels).numpy())
+    one, other = b.predictions, a.predictions
+    same = one.about[key].get("data_fingerprint") == other.about[key].get("data_fingerprint")
+    if not same or len(one.index) != len(other.index) or not bool((one.index == other.index).all()):
+        return None
+    found = paired(*right)
+    return found.low, found.high
+
+
+def _paired_scores(a: Side, b: Side, row: Row) -> tuple[float, float] | None:
+    if a.scores is None or b.scores is None or "task" not in row.conditions:
+        return None
+    c = row.conditions
+    extra = "".join(f"-{n}{c[n]}" for n in ("shots", "k", "alpha") if n in c)
+    key = f"{c['task']}/{row.subject}/{row.target}@{c.get('resolution')}/{row.metric}{extra}"
+    if key not in a.scores.stats or key not in b.scores.stats:
+        return None
+    same = all(a.scores.about[key].get(n) == b.scores.about[key].get(n) for n in DATA)
+    if not same or a.scores.stats[key].shape != b.scores.stats[key].shape:
+        return None
+    return paired_scores(b.scores.score(key), a.scores.score(key)).interval
+
+
+def _same_machine(a: dict[str, Any], b: dict[str, Any]) -> bool | None:
+    """Whether processor, GPUs and usable threads are the same; None where one side does not say."""
+    if not a or not b:
+        return None
+    parts = ("model", "usable_threads", "cores")
+    cpu = all((a.get("cpu") or {}).get(p) == (b.get("cpu") or {}).get(p) for p in parts)
+    gpus = [[g.get("name") for g in side.get("gpus") or []] for side in (a, b)]
+    return cpu and gpus[0] == gpus[1]
+
+
+def _notes(a: Side, b: Side, changes: Sequence[Change], same_machine: bool | None) -> list[str]:
+    notes = []
+    if any(c.metric in TIMED for c in changes):
+        if same_machine is False:
+            models = [str((s.machine.get("cpu") or {}).get("model")) for s in (a, b)]
+            notes.append(f"The runs were measured on different machines ({models[0]}; {models[1]}): times are not compared.")
+        elif same_machine is None:
+            notes.append("One run does not say on which machine it was measured: times are not compared.")
+        else:
+            notes.append(
+                "Times come from two runs that did not take turns: what else the machine did then is in them. For a verdict that "
+                "is free of it, time both files in one `decant bench`."
+            )
+    versions = [s.machine.get("packages") or {} for s in (a, b)]
+    changed = sorted(n for n in versions[0].keys() & versions[1].keys() if versions[0][n] != versions[1][n])
+    if changed:
+        notes.append("Other versions: " + ", ".join(f"{n} {versions[0][n]} → {versions[1][n]}" for n in changed) + ".")
+    if any(c.how == "other data" for c in changes):
+        notes.append("Some accuracies are of other test or gallery images: those are not compared.")
+    return notes
+
+
+# Gates.
+
+GATE = re.compile(
+    r"^\s*(?P<metric>\w+)\s*(?:@(?P<who>[^<>=\s]+))?\s*(?P<op>>=|<=)\s*(?P<bound>[-+]?\d+(?:\.\d+)?)\s*(?P<unit>%?)\s*$"
+)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A bound on b - a: `knn>=-0.3`, `latency<=+5%`, `knn@students/small/onnx-int8>=-0.3`.
+
+    Attributes:
+        who: subject, or subject/target, that it is for; None: the teacher and all that ships, and no yardstick.
+        relative: the bound is in percent of a's value.
+    """
+
+    text: str
+    metric: str
+    who: str | None
+    at_least: bool
+    bound: float
+    relative: bool
+
+    @staticmethod
+    def parse(text: str) -> "Gate":
+        """Raises: UserError: it cannot be read, or bounds a number from the side that says nothing."""
+        found = GATE.match(text)
+        if not found:
+            raise UserError(
+                f"--gate {text!r} cannot be read. Write METRIC[@SUBJECT[/TARGET]] then >= or <= and a number, such as 'knn>=-0.3', "
+                "'latency<=5%' or 'size@students/small/onnx-int8<=0'; numbers are the second run minus the first."
+            )
+        metric = ALIASES.get(found["metric"], found["metric"])
+        if metric not in HIGHER | LOWER:
+            known = ", ".join(sorted([*ALIASES, *HIGHER, *LOWER]))
+            raise UserError(f"--gate {text!r}: {found['metric']} is no metric that can be compared. Choose from {known}.")
+        at_least = found["op"] == ">="
+        if at_least != (metric in HIGHER):
+            good = "higher" if metric in HIGHER else "lower"
+            raise UserError(
+                f"--gate {text!r}: {metric} is better when {good}, so bound it with {'>=' if metric in HIGHER else '<='}."
+            )
+        return Gate(text, metric, found["who"], at_least, float(found["bound"]), bool(found["unit"]))
+
+    def covers(self, change: Change) -> bool:
+        if change.metric != self.metric:
+            return False
+        if self.who is None:
+            return change.subject.split("/")[0] in ("teacher", *SHIPPED)
+        return self.who in (change.subject, f"{change.subject}/{change.target}")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A gate on one change (None: it found nothing to judge)."""
+
+    gate: Gate
+    change: Change | None
+    passed: bool
+    why: str
+
+
+def judge(comparison: Comparison, gates: Sequence[Gate], strict: bool = False) -> list[Judged]:
+    """Each gate on each number that it covers. A gate that covers none has failed: what was to be shown was not.
+
+    Args:
+        strict: the whole interval must be on the good side, not only the value.
+    """
+    found = []
+    for gate in gates:
+        covered = [c for c in comparison.changes if gate.covers(c)]
+        found += [_judged(gate, c, strict) for c in covered]
+        if not covered:
+            found.append(Judged(gate, None, False, "neither run has such a number in common with the other"))
+    return found
+
+
+def _judged(gate: Gate, change: Change, strict: bool) -> Judged:
+    if change.verdict == "NOT COMPARED":
+        return Judged(gate, change, False, f"not compared: {change.how}")
+    scale = 100 / abs(change.a) if gate.relative and change.a else 1.0
+    sign = 1 if gate.at_least else -1
+    unit = " %" if gate.relative else ""
+    value, worst = change.difference * scale, change.low if gate.at_least else change.high
+    meets = sign * value >= sign * gate.bound
+    said = f"{value:+.3g}{unit}"
+    if worst is None:
+        why = said + ("" if change.how == "exact" else ", without an interval")
+        return Judged(gate, change, meets and not (strict and change.how != "exact"), why)
+    beyond = sign * worst * scale < sign * gate.bound
+    reach = f", and its interval reaches {worst * scale:+.3g}{unit}" if beyond and meets else ""
+    return Judged(gate, change, meets and not (strict and beyond), said + reach)
+
+
+def settings_changed(a: Side, b: Side) -> list[str]:
+    """Lines `a.b: old → new` of the two recipes; empty where either is not known."""
+    import yaml
+
+    if a.recipe is None or b.recipe is None:
+        return []
+    old, new = (dict(_flat(yaml.safe_load(s.recipe or "") or {})) for s in (a, b))
+    keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and k != "name"]
+    return [f"{k}: {_text(old.get(k))} → {_text(new.get(k))}" for k in keys]
+
+
+def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _text(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value)
