@@ -75,7 +75,7 @@ class _Calibrator:
         self.pieces = Pieces(model, [e.layer for e in plan])
         self.weight_grid: Grid = WEIGHT_GRID[precision]
         self.input_grid: Grid | None = ACTIVATION_GRID.get(precision)
-        self.folds = find_folds(model, config.attention) if config.smooth is not None and self.input_grid else {}
+        self.folds = find_folds(model, config.attention is True) if config.smooth is not None and self.input_grid else {}
         # Corrections compare what a layer gives with what it should give: that takes a second, floating-point walk.
         self.compensates = config.rounding == "compensated"
         self.corrects = config.bias_correction or self.compensates

@@ -142,8 +142,10 @@ def _decide(
             return "keep", "a product of two activations that is not attention's"
         if precision not in ACTIVATION_GRID:
             return "keep", "it has no weights"
+        if config.attention == "qk" and roles[node.name] == "av":
+            return "keep", "attention: qk quantizes QK^T alone"
         if not config.attention:
-            return "keep", "attention stays in floating point, where the fused kernels are; attention: true quantizes it"
+            return "keep", "attention stays in floating point, where the fused kernels are; attention: true or qk quantizes it"
         return precision, "queries and keys" if roles[node.name] == "qk" else "attention weights and values"
     if kind == "Conv":
         if precision == "w4":

@@ -130,7 +130,7 @@ def _fold(edit: _Edit, chosen: dict[str, LayerCalibration], config: QuantizeConf
     tensors = {edit.nodes[name].input[0]: (name, c.smooth) for name, c in chosen.items() if c.smooth is not None}
     if not tensors:
         return changes
-    folds = find_folds(edit.model, config.attention)
+    folds = find_folds(edit.model, config.attention is True)
     for tensor, (name, factors) in tensors.items():
         assert factors is not None
         fold = folds.get(tensor)

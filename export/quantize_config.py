@@ -34,7 +34,8 @@ class QuantizeConfig(Config):
         rounding: `nearest`, or `compensated`: a weight is rounded one input channel at a time, each error made good by the
             channels still to come (GPTQ, arXiv 2210.17323), on the inputs that the quantized layers before it make. It removes
             two thirds of the error of w4, a third of that of fp8 and a fifth of that of int8.
-        attention: quantize both inputs of the attention products QK^T and AV too (int8, fp8).
+        attention: quantize both inputs of the attention products QK^T and AV too (int8, fp8); "qk": those of QK^T alone, whose
+            operands stay accurate in 8 bits, while a softmax's output, mostly far below its largest value, does not.
         patch_embed: quantize the patch embedding's convolution too (not to 4 bits): a smaller file for a little accuracy.
         keep: layers to keep in floating point, by name or pattern, e.g. ["blocks.0.*", "blocks.11.mlp.fc2"].
         block: w4's weights share a scale along this many input channels.
@@ -49,7 +50,7 @@ class QuantizeConfig(Config):
     bias_correction: bool = True
     weights: Literal["minmax", "mse"] = "minmax"
     rounding: Literal["nearest", "compensated"] = "compensated"
-    attention: bool = False
+    attention: bool | Literal["qk"] = False
     patch_embed: bool = False
     keep: list[str] = []  # noqa: RUF012  pydantic copies it
     block: int = 32

@@ -38,7 +38,7 @@ def find_folds(model: ModelProto, attention: bool) -> dict[str, Fold]:
     """Tensor name -> its fold, for every tensor that only Linear layers read and whose maker can take the factors.
 
     Args:
-        attention: the attention products are quantized: values then stay as they are, they have a scale of their own.
+        attention: the product of attention weights and values is quantized: values then stay as they are, they have a scale of their own.
     """
     constants = {t.name for t in model.graph.initializer}
     makers = {o: n for n in model.graph.node for o in n.output}

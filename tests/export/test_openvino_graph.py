@@ -42,7 +42,7 @@ def features(model: ModelProto, images: np.ndarray) -> list[np.ndarray]:
     return session.run(list(OUTPUTS), {INPUT: images})
 
 
-@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("attention", [False, True, "qk"])
 def test_the_same_features_with_fewer_operations(source, attention):
     model = quantized(source, attention=attention)
     before = model.SerializeToString()

@@ -49,6 +49,13 @@ def test_what_the_recipe_asks_for(graphs):
     assert {e.why for e in plan if e.layer.startswith("blocks.0.")} == {"the recipe keeps it in floating point"}
 
 
+def test_of_attention_the_product_of_queries_and_keys_alone(graphs):
+    plan = {e.layer: e for e in plan_graph(load_graph(graphs["mlp-fp32"][1]), QuantizeConfig(attention="qk"))}
+    assert [plan[f"blocks.{i}.attn.qk"].decision for i in range(2)] == ["int8", "int8"]
+    assert [plan[f"blocks.{i}.attn.av"].decision for i in range(2)] == ["keep", "keep"]
+    assert "QK^T alone" in plan["blocks.0.attn.av"].why
+
+
 @pytest.mark.parametrize(("precision", "count"), [("fp8", 8), ("w8", 8), ("w4", 8)])
 def test_other_precisions(graphs, precision, count):
     plan = plan_graph(load_graph(graphs["mlp-fp32"][1]), QuantizeConfig(attention=precision != "fp8"), precision)
