@@ -15,13 +15,18 @@ RTX = (
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2",
+    "jsonschema>=4.18",
     "beartype>=0.19",
     "ruff>=0.9",
     "mypy>=1.14",
     "types-PyYAML",
     "transformers>=4.57",
+    "torchmetrics>=1.4",
     "openvino>=2025.0",
     "nncf>=2.13",
+    "gradio>=6.0",
+    "av>=14",
+    "tensorboard>=2.18",
 ]
 
 setup(
@@ -61,6 +66,9 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "demo": ["gradio>=6.0"],
+        "video": ["av>=14"],
+        "tensorboard": ["tensorboard>=2.18"],
         "tensorrt": ["tensorrt>=10.3"],  # fetches its libraries from the vendor's own index
         "openvino": ["openvino>=2025.0", "nncf>=2.13"],
         # Not its [onnx] extra, which pulls a second ONNX Runtime; it imports requests.

@@ -18,9 +18,10 @@ from distill.data.sources import Source, checked
 from distill.encoder import Encoder, Features
 from distill.errors import UserError
 from distill.evaluate import knn, linear
-from distill.evaluate.features import FeatureSet, Images, extract, identity, load, save
+from distill.evaluate.config import EvaluateConfig
+from distill.evaluate.features import FeatureSet, Images, extract, labels_of
 from distill.evaluate.intervals import paired
-from distill.evaluate.suite import EvaluateConfig
+from distill.evaluate.store import FeatureStore, Wish, identity
 from distill.progress import Progress
 from export import timing
 from export.benchmark import BenchmarkConfig, Case, time_batch
@@ -177,14 +178,13 @@ class GalleryLoss:
 
     @cached_property
     def _reference_features(self) -> FeatureSet:
-        batch = self.evaluate.batch
-        what = identity(self.weights, self.images, batch) if self.weights and self.folder else None
-        if what and self.folder and (stored := load(self.folder, what, self.images)):
-            return _finite(stored)
-        features = extract(self.reference, self.images, batch, self.progress, "budget: features at full precision")
-        if what and self.folder:
-            save(self.folder, what, features)
-        return _finite(features)
+        batch, title = self.evaluate.batch, "budget: features at full precision"
+        if not (self.weights and self.folder):
+            return _finite(extract(self.reference, self.images, batch, self.progress, title))
+        what = identity(self.weights, "reference", self.images, batch)
+        kept = FeatureStore(self.folder).features(what, Wish(), self.images, lambda: self.reference, self.progress, title)
+        cls, mean_patch = (torch.from_numpy(np.array(a[-1])) for a in (kept.stored.cls, kept.stored.mean_patch))
+        return _finite(FeatureSet(cls, mean_patch, labels_of(self.images), self.images.name, self.images.fingerprint))
 
     @cached_property
     def _reference_knn(self) -> dict[int, np.ndarray]:

@@ -17,13 +17,13 @@ from export import bars, tables
 from export.artifact import NAME
 from export.budget_report import BudgetView, budget_views
 from export.derived_report import PrunedView, QadView, pruned_view, qad_views
-from export.labels import label_of, precision_of, short_name, target_name
+from export.labels import label_of, short_name, target_name
+from export.not_faster import attention_text, not_faster, shares_text
 from export.plan_report import PlanView, plan_views
 from export.tables import Book
 
 PARTS = ("plan", "proof", "lint", "budget")
 PRUNING = "pruning.json"
-VERDICTS = {"SLOWER": "slower than FP32", "INCONCLUSIVE": "not measurably faster or slower than FP32"}
 
 
 def collect(run_folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
@@ -105,17 +105,19 @@ class View:
     qad: list[QadView] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return any((self.fastest, self.proofs, self.plans, self.budgets, self.lint, self.linted, self.pruned, self.qad))
+        return any(
+            (self.fastest, self.proofs, self.slow, self.plans, self.budgets, self.lint, self.linted, self.pruned, self.qad)
+        )
 
 
-def view(facts: Mapping[str, Any], book: Book, metric: str = "knn_top1") -> View:
-    """What the template writes. `metric`: the accuracy that stands beside latencies."""
+def view(facts: Mapping[str, Any], book: Book, metric: str = "knn_top1", fingerprint: Mapping[str, Any] | None = None) -> View:
+    """What the template writes. `metric`: the accuracy that stands beside latencies. `fingerprint`: of the machine that measured."""
     artifacts = facts["artifacts"]
     findings, linted = _lint(artifacts, book)
     return View(
         fastest=_fastest(book, metric),
         proofs=[p for a in artifacts if (p := _proof(a, book))],
-        slow=[s for a in artifacts if (s := _why_slow(a, book))],
+        slow=_slow(artifacts, book, fingerprint),
         plans=plan_views(artifacts, lambda a: at_size(a, "plan", book)),
         budgets=budget_views(artifacts),
         lint=findings,
@@ -190,67 +192,25 @@ def _proof(artifact: Mapping[str, Any], book: Book) -> ProofView | None:
     return ProofView(
         label=label_of(artifact["subject"], artifact["target"]),
         bar=Markup(bars.share_bar(shares)),
-        shares=_shares(shares) or tables.MISSING,
+        shares=shares_text(shares) or tables.MISSING,
         casts=proof.get("casts"),
         reformats=proof.get("reformats"),
-        attention=_attention(proof.get("attention") or {}),
+        attention=attention_text(proof.get("attention") or {}),
         source={"graph": "graph"}.get(proof.get("source", ""), str(proof.get("source", ""))),
         notes=[str(n) for n in proof.get("notes") or []],
     )
 
 
-def _shares(shares: Mapping[str, float]) -> str:
-    """INT8 93 %, FP32 7 %; what is not zero is never written as 0."""
-
-    def percent(v: float) -> str:
-        return f"{100 * v:.0f}" if v >= 0.01 else f"{100 * v:.1g}"
-
-    return ", ".join(
-        f"{bars.type_name(t)} {percent(v)}\u00a0%" for t, v in sorted(shares.items(), key=lambda s: -s[1]) if v > 0
-    )
-
-
-def _attention(attention: Mapping[str, Any]) -> str:
-    blocks, fusable, fused = (attention.get(k) for k in ("blocks", "fusable", "fused"))
-    if not blocks:
-        return "none"
-    if fused is not None:
-        return f"{fused} of {blocks} fused"
-    return f"{fusable} of {blocks} fusable"
-
-
-def _why_slow(artifact: Mapping[str, Any], book: Book) -> str | None:
-    """Facts about a quantized file that was measured not to be faster than FP32; None for all others."""
-    subject, target = artifact["subject"], artifact["target"]
-    if precision_of(target) not in ("int8", "fp8", "w8", "w4"):
-        return None
-    ratios = book.all("latency_ratio", subject, target, resolution=book.side(subject, target))
-    ratios = [r for r in ratios if r.value and r.conditions.get("versus") in (f"{subject}/onnx-fp32", f"{subject}/torch-fp32")]
-    row = min(ratios, key=lambda r: r.conditions.get("batch", 1), default=None)
-    if row is None or row.value is None or row.conditions.get("verdict") not in VERDICTS:
-        return None
-    interval = "" if row.low is None or row.high is None else f", interval {row.low:.2f} to {row.high:.2f}"
-    said = f"{label_of(subject, target)} is {VERDICTS[row.conditions['verdict']]} at batch {row.conditions.get('batch', 1)} "
-    said += f"(×{row.value:.2f} of its time{interval})."
-    proof = at_size(artifact, "proof", book)
-    if isinstance(proof, dict) and proof.get("flops_share"):
-        said += f" Of its matrix products' FLOPs run: {_shares(proof['flops_share'])}."
-        counts = [f"{proof[k]} {words}" for k, words in COUNTED.items() if isinstance(proof.get(k), int) and proof[k] > 0]
-        said += f" Around them stand {' and '.join(counts)}." if counts else ""
-        said += f" Attention: {_attention(proof.get('attention') or {})}."
-    work = sum(e.get("mflops") or 0.0 for e in at_size(artifact, "plan", book) or [] if isinstance(e, dict))
-    return said + (f" All products of an image are {_flops(work)}." if work else "")
-
-
-def _flops(millions: float) -> str:
-    return f"{tables.digits(millions / 1000)} GFLOP" if millions >= 1000 else f"{tables.digits(millions)} MFLOP"
-
-
-COUNTED = {
-    "qdq_pairs": "activations that are quantized and read back",
-    "casts": "casts between float types",
-    "reformats": "copies between memory layouts",
-}
+def _slow(artifacts: Sequence[Mapping[str, Any]], book: Book, fingerprint: Mapping[str, Any] | None) -> list[str]:
+    """A paragraph on every quantized file that was measured not to be faster, also where its artifact.json is gone."""
+    known = {(a["subject"], a["target"]): a for a in artifacts}
+    found = []
+    for subject, target in book.artifacts():
+        artifact = known.get((subject, target), {"subject": subject, "target": target})
+        proof, plan = (at_size(artifact, part, book) for part in ("proof", "plan"))
+        if said := not_faster(subject, target, book, proof, plan, fingerprint):
+            found.append(said)
+    return found
 
 
 # Lint.

@@ -28,6 +28,18 @@ METRICS = {
     "peak_memory_mb": "peak memory",
     "build_s": "build time",
     "noise_floor_percent": "noise floor",
+    "logistic_top1": "logistic regression",
+    "few_shot_top1": "few-shot",
+    "miou": "mIoU",
+    "class_iou": "IoU",
+    "foreground_iou": "foreground IoU",
+    "rmse_m": "RMSE",
+    "abs_rel": "absolute relative error",
+    "delta1": "δ < 1.25",
+    "map": "mAP",
+    "recall_at_k": "recall",
+    "pck": "PCK",
+    "video_top1": "video top-1",
 }
 PARITY = ("cosine_min", "cosine_p1", "max_abs", "mean_abs", "nan_count")
 

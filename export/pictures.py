@@ -25,6 +25,7 @@ def pca_strip(
     encoders: Mapping[str, Encoder],
     preprocess: Preprocess | Mapping[str, Preprocess],
     side: int = 112,
+    batch: int | Mapping[str, int] = BATCH,
 ) -> bytes:
     """A PNG: a row of the pictures as the network gets them, then one row an encoder, each with its caption.
 
@@ -33,9 +34,10 @@ def pca_strip(
 
     Args:
         images: pictures of any size and mode.
-        encoders: caption -> encoder.
+        encoders: caption -> encoder: models in PyTorch and files alike, so that INT8 can stand beside what it was made from.
         preprocess: of the images; one for all, or one an encoder (the pictures are shown as the last of them gets them).
         side: width and height of one picture in the strip, in pixels.
+        batch: images a call; by caption where a file takes fewer than others.
     """
     if not images:
         raise ValueError("pca_strip needs at least one picture")
@@ -46,7 +48,8 @@ def pca_strip(
     first: np.ndarray | None = None
     for label, encoder in encoders.items():
         inputs = torch.stack([torch.from_numpy(own[label](i)) for i in images])
-        colours = pca_colours(torch.cat([encoder(x).patches for x in inputs.split(BATCH)]).numpy())
+        at_once = batch.get(label, BATCH) if isinstance(batch, Mapping) else batch
+        colours = pca_colours(torch.cat([encoder(x).patches.float().cpu() for x in inputs.split(at_once)]).numpy())
         if first is not None and first.shape == colours.shape:
             colours = like(colours, first)
         first = colours if first is None else first

@@ -12,6 +12,7 @@ from itertools import pairwise
 LETTER = 0.54  # mean width of a letter over the font size, a little generous
 Label = tuple[float, float, str, bool]  # x, y of the baseline, anchor, whether it needs a leader line
 MOST_LABELS = 10
+CROWD = 60  # points above which only the frontier is labelled: there is no free place among so many, and looking takes a minute
 NEARBY = 45  # units from a point to a label that may be dropped
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -221,6 +222,9 @@ def place_labels(canvas: Canvas, points: Sequence[Point], best: Sequence[Point] 
     found: dict[int, Label | None] = {}
     left, top, right, bottom = canvas.inside()
     for i in sorted(range(len(points)), key=lambda i: (drop and points[i] not in best, canvas.y(points[i].y))):
+        if drop and len(points) > CROWD and points[i] not in best:
+            found[i] = None
+            continue
         x, y = canvas.x(points[i].x), canvas.y(points[i].y)
         options = []
         for distance in (0, 14, 28, 44, 62, 82):
@@ -230,6 +234,8 @@ def place_labels(canvas: Canvas, points: Sequence[Point], best: Sequence[Point] 
                 box = _label_box(canvas, points[i], px, py, anchor)
                 outside = max(left - box[0], 0) + max(box[2] - right, 0) + max(top - box[1], 0) + max(box[3] - bottom, 0)
                 options.append((1000 * outside + sum(_overlap(box, b) for b in taken), (px, py, anchor, far), box))
+            if any(cost == 0 for cost, _, _ in options):  # farther ones cannot be better
+                break
         cost, chosen, box = min(options, key=lambda o: o[0])  # the first of equals: the nearest
         if drop and points[i] not in best and (cost > 0 or abs(chosen[0] - x) + abs(chosen[1] - y) > NEARBY):
             found[i] = None

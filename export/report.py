@@ -3,30 +3,33 @@
 Everything is derived from rows and from the training logs of the run folder; nothing is read back from a page or a table.
 """
 
-import base64
 import csv
 import io
 import json
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import Field
 
 from distill.config import Config
 from distill.files import read_json, write_bytes, write_json, write_text
 from distill.rows import Row
-from export import compression_report, plots, tables
+from export import compression_report, tables
+from export.advice import presets
+from export.candidates import candidates_of
 from export.fingerprint import fingerprint as fingerprint_now
-from export.labels import METRICS, label_of
-from export.pictures import captions
-from export.report_charts import curve_panels, headline_bars, styles_of, tradeoff_charts
+from export.page import render
+from export.panels import Panel
+from export.report_schema import SCHEMA, VERSION
+from export.reproduce import families, whole_run
 from export.summary import summary
 from export.tables import Book, console_table, headline_table
+from export.trackers import Tracker
 
 __all__ = ["ReportConfig", "console_table", "headline_table", "write_report"]
 
-SCHEMA = "decant-report-1"
 STAGES = (
     "load",
     "pretrain",
@@ -41,16 +44,6 @@ STAGES = (
     "evaluate",
     "benchmark",
 )
-SECTIONS = {
-    "accuracy": "Accuracy of frozen features",
-    "artifacts": "What ships",
-    "compression": "Compression",
-    "features": "What the features see",
-    "training": "Training",
-    "missing": "Not measured",
-    "conditions": "Conditions",
-    "reproduce": "Reproduce",
-}
 
 
 class ReportConfig(Config):
@@ -59,10 +52,16 @@ class ReportConfig(Config):
     Attributes:
         title: heading of the page; the recipe's name without one.
         accuracy: which accuracy stands in the plot and in the table of artifacts.
+        trackers: where else rows and training curves go: `tensorboard`, `mlflow`, `trackio` (export/trackers.py), if installed.
     """
 
     title: str | None = None
     accuracy: Literal["knn_top1", "linear_top1"] = "knn_top1"
+    trackers: list[Tracker] = Field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        twice = len(set(self.trackers)) < len(self.trackers)
+        return [f"trackers names one twice: {', '.join(self.trackers)}"] if twice else []
 
 
 def write_report(
@@ -72,6 +71,7 @@ def write_report(
     config: ReportConfig | None = None,
     *,
     strip: bytes | None = None,
+    pictures: Sequence[Panel] = (),
     fingerprint: dict[str, Any] | None = None,
     commands: Sequence[str] | None = None,
     models: Collection[str] | None = None,
@@ -83,13 +83,14 @@ def write_report(
         run_folder: its recipe.yaml, run.json, the models' train.jsonl and the stages' done.json are read, if they exist.
         rows: all of the run.
         strip: PNG of `pictures.pca_strip`.
+        pictures: more pictures for the page, of `export/panels.py` or of your own; their names are unique.
         fingerprint: of the machine that measured; without it RUN/benchmark/fingerprint.json, and without that this machine's.
         commands: what reproduces the run; without them, the general ones.
         models, stages: subjects and stages that belong to the recipe; None: all that lie in the folder, where an earlier recipe's may too.
     """
     config = config or ReportConfig()
-    report = collect(run_folder, rows, config, fingerprint, commands, models, stages)
-    page = render(report, rows, config, strip)
+    report = collect(run_folder, rows, config, fingerprint, commands, models, stages) | {"pictures": _about(pictures)}
+    page = render(report, rows, config.accuracy, strip, pictures)
     write_json(out_folder / "report.json", report)
     write_text(out_folder / "report.csv", csv_text(rows))
     write_text(out_folder / "report.md", markdown(report, rows))
@@ -112,36 +113,48 @@ def collect(
     run = _json_or(run_folder / "run.json", {})
     stored = _json_or(run_folder / "benchmark" / "fingerprint.json", None)
     found = fingerprint or stored or fingerprint_now()
-    recipe = run_folder / "recipe.yaml"
-    curves = {name: log for name, log in training_curves(run_folder).items() if models is None or name in models}
+    recipe, name = run_folder / "recipe.yaml", run_folder.resolve().name
+    curves = {s: log for s, log in training_curves(run_folder).items() if models is None or s in models}
     return {
         "schema": SCHEMA,
+        "schema_version": VERSION,
         "title": config.title or run.get("recipe") or run_folder.name,
-        "run": {"name": run_folder.resolve().name, **run},
-        "summary": summary(rows, {name: log[-1].get("images") for name, log in curves.items()}),
+        "run": {"name": name, **run},
+        "summary": summary(rows, {subject: log[-1].get("images") for subject, log in curves.items()}),
         "rows": [row.model_dump(exclude_none=True) for row in rows],
+        "advice": _advice(rows, config.accuracy),
         "fingerprint": found,
         "fingerprint_of": "the machine that measured" if fingerprint or stored else "the machine that wrote this report",
         "compression": compression_report.collect(run_folder, rows),
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         "curves": curves,
         "stages": [s for s in stage_times(run_folder) if stages is None or s["stage"] in stages],
-        "commands": list(commands or reproduce(found.get("commit"), run_folder.resolve().name)),
+        "commands": list(commands or whole_run(found.get("commit"), name)),
+        "reproduce": [asdict(family) for family in families(rows, f"runs/{name}")],
     }
 
 
-def reproduce(commit: str | None, name: str) -> list[str]:
-    """The commands that make the same run again."""
-    modified = bool(commit and commit.endswith("-modified"))
-    checkout = [f"git checkout {commit.removesuffix('-modified')}"] if commit else []
-    note = ["# the code differed from this commit: see the fingerprint"] if modified else []
+def _advice(rows: Sequence[Row], metric: str) -> list[dict[str, Any]]:
+    """The presets' answers, without the reasons of all others: `advice.advise` gives those again from the rows."""
     return [
-        *note,
-        *checkout,
-        "python -m pip install .",
-        "decant check recipe.yaml",
-        f"decant run recipe.yaml --out runs/{name}-again",
+        {
+            "name": p.name,
+            "wanted": asdict(p.wanted),
+            "best": p.advice.best,
+            "nearest": p.advice.nearest,
+            "sentence": p.advice.sentence,
+            "notes": p.advice.notes,
+        }
+        for p in presets(candidates_of(Book(rows), metric), metric)
     ]
+
+
+def _about(pictures: Sequence[Panel]) -> list[dict[str, Any]]:
+    """The pictures as report.json tells of them: all but the bytes."""
+    names = [p.name for p in pictures]
+    if repeated := next((n for n in names if names.count(n) > 1), None):
+        raise ValueError(f"two pictures are called {repeated!r}: names are unique in a report")
+    return [{"name": p.name, "caption": p.caption, "alt": p.alt, "type": p.mime, "bytes": len(p.image)} for p in pictures]
 
 
 def training_curves(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -228,85 +241,3 @@ def markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
         lines.append(f"- {safe(group.reason)}")
         lines += [f"  - {safe(what)}: {metrics}" for what, metrics in group.items]
     return "\n".join(lines) + "\n"
-
-
-def render(report: dict[str, Any], rows: Sequence[Row], config: ReportConfig, strip: bytes | None) -> str:
-    """The page as one HTML text."""
-    book = Book(rows)
-    styles = styles_of([subject for subject, _ in book.subjects()] + list(report["curves"]))
-    environment = Environment(
-        loader=PackageLoader("export", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": tables.percent,
-        "significant": tables.significant,
-        "points": tables.points,
-        "cosine": tables.cosine,
-        "count": tables.count,
-        "plain": tables.plain,
-        "digits": tables.digits,
-        "duration": duration,
-        "short": plots.short,
-        "tenths": lambda v: f"{v:.1f}",
-        "moment": lambda text: str(text).replace("T", " ").replace("+00:00", "Z").replace("+0000", "Z").replace("Z", " UTC"),
-        "condition": lambda v: json.dumps(v) if isinstance(v, dict | list) else "" if v is None else str(v),
-    }
-    environment.tests["measured"] = tables.measured
-    headline = headline_table(rows)
-    charts, shapes = tradeoff_charts(book, config.accuracy, styles)
-    compression = compression_report.view(report["compression"], book, config.accuracy)
-    sections = [name for name in SECTIONS if name != "compression" or compression]
-    machine: dict[str, Any] = {
-        "cpu": None,
-        "memory_gb": None,
-        "gpus": [],
-        "os": None,
-        "python": None,
-        "packages": {},
-        "commit": None,
-    }
-    return environment.get_template("report.html.j2").render(
-        report=report | {"fingerprint": machine | report["fingerprint"]},
-        sections={name: (i, SECTIONS[name]) for i, name in enumerate(sections, 1)},
-        number=Counter(),
-        compression=compression,
-        book=book,
-        headline=headline,
-        bars=headline_bars(headline, styles),
-        artifacts=tables.artifact_table(book, config.accuracy),
-        accuracy=METRICS[config.accuracy],
-        charts=charts,
-        shapes=shapes,
-        panels=curve_panels(report["curves"], styles),
-        legend=[(label_of(s, "torch-fp32"), styles[s]) for s in report["curves"]],
-        missing=tables.missing_table(rows),
-        strip_rows=captions(strip) if strip else [],
-        strip=base64.b64encode(strip).decode() if strip else None,
-        noise=next(iter(book.all("noise_floor_percent")), None),
-        preprocess=book.all("preprocess_p50_ms"),
-        busy=max((r.conditions.get("other_cores_busy") or 0.0 for r in rows), default=0.0),
-    )
-
-
-class Counter:
-    """Numbers tables and figures in the order in which the template comes to them."""
-
-    def __init__(self) -> None:
-        self.counts = {"table": 0, "figure": 0}
-
-    def next(self, kind: str) -> int:
-        self.counts[kind] += 1
-        return self.counts[kind]
-
-
-def duration(seconds: float) -> str:
-    """4.2 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {s:02} s"

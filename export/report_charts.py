@@ -20,6 +20,10 @@ CURVES = {
     "koleo": "KoLeo term",
     "teacher_entropy": "Entropy of the teacher's targets, nats",
     "prototype_entropy": "Entropy of the mean target, nats",
+    "effective_rank": "Effective rank of the features",
+    "nearest_distance": "Distance to the nearest other image",
+    "nearest_distance_min": "Distance to the nearest, least of a batch",
+    "feature_std": "Standard deviation of the features",
     "knn_top1": "kNN in training, %",
     "lr": "Learning rate",
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MISSING = "not measured"
+FEW = ", few samples"  # after a number of fewer than 30 items
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,23 @@ class Book:
 
     Attributes:
         resolution: the students' own input side; a model that was measured at several is shown at this one.
+        general: the rows of no task in particular. Every look-up is among these; tasks have tables of their own.
     """
 
     def __init__(self, rows: Iterable[Row]):
         self.rows = list(rows)
-        accuracy = [r for r in self.rows if r.metric in ("knn_top1", "linear_top1") and "resolution" in r.conditions]
+        general = self.general = [r for r in self.rows if "task" not in r.conditions]
+        accuracy = [r for r in general if r.metric in ("knn_top1", "linear_top1") and "resolution" in r.conditions]
         fixed = [r for r in accuracy if r.target == "torch-fp32"] or accuracy
         fixed = [r for r in fixed if r.subject.startswith("students/")] or fixed  # a loaded teacher may see larger images
-        timed = [r for r in self.rows if r.metric == "latency_p50_ms" and "resolution" in r.conditions]
+        timed = [r for r in general if r.metric == "latency_p50_ms" and "resolution" in r.conditions]
         self.resolution: int | None = next((r.conditions["resolution"] for r in [*fixed, *timed]), None)
+        self._by_metric: dict[str, list[Row]] = {}  # a run may have thousands of rows, and a page looks up hundreds of times
+        for r in general:
+            self._by_metric.setdefault(r.metric, []).append(r)
+        self._by_key: dict[tuple[str, str], list[Row]] = {}
+        for r in self.rows:
+            self._by_key.setdefault((r.subject, r.target), []).append(r)
         self._sides: dict[tuple[str, str], set[int]] = {}
         for r in [*accuracy, *timed]:
             self._sides.setdefault((r.subject, r.target), set()).add(r.conditions["resolution"])
@@ -92,13 +101,16 @@ class Book:
         sides = self._sides.get((subject, target))
         return self.resolution if not sides or self.resolution in sides else min(sides)
 
+    def of(self, subject: str, target: str) -> list[Row]:
+        """All rows of a subject and target, those of tasks too."""
+        return self._by_key.get((subject, target), [])
+
     def all(self, metric: str, subject: str | None = None, target: str | None = None, **conditions: Any) -> list[Row]:
         """Rows in order; a condition that a row does not state does not exclude it."""
         return [
             r
-            for r in self.rows
-            if r.metric == metric
-            and subject in (None, r.subject)
+            for r in self._by_metric.get(metric, ())
+            if subject in (None, r.subject)
             and target in (None, r.target)
             and all(v is None or r.conditions.get(k, v) == v for k, v in conditions.items())
         ]
@@ -126,7 +138,7 @@ class Book:
 
     def subjects(self) -> list[tuple[str, str]]:
         """(subject, target) in the order of the story: yardsticks, teacher, students, controls, then artifacts."""
-        keys = {(r.subject, r.target) for r in self.rows if r.target not in ("all", "preprocess") and r.subject != "all"}
+        keys = {(r.subject, r.target) for r in self.general if r.target not in ("all", "preprocess") and r.subject != "all"}
         pruned = {subject.partition("/")[2] for subject, _ in keys if subject.startswith("pruned/")}
         return sorted(keys, key=lambda k: order(k, pruned))
 
@@ -156,7 +168,7 @@ def artifact_table(book: Book, metric: str = "knn_top1") -> list[ArtifactRow]:
     """One row a shipped file, all students, all resolutions; differences are to the student in PyTorch, ratios to ONNX FP32."""
     found = []
     for subject, target in book.artifacts():
-        mine = [r for r in book.rows if (r.subject, r.target) == (subject, target)]
+        mine = [r for r in book.of(subject, target) if "task" not in r.conditions]
         sizes = sorted({r.conditions["resolution"] for r in mine if "resolution" in r.conditions}) or [None]
         for size in sizes:
             parity = book.all("cosine_min", subject, target, resolution=size)
@@ -201,6 +213,11 @@ def measured(row: Row | None) -> bool:
     return row is not None and row.status == "measured"
 
 
+def few_samples(row: Row | None) -> bool:
+    """Whether so few items stand behind a score that its value says little; the evaluation marks such rows."""
+    return row is not None and row.conditions.get("few_samples") is True
+
+
 def percent(row: Row | None) -> str:
     """78.4 (77.2–79.5)."""
     return _with_interval(row, lambda v: f"{v:.1f}")
@@ -216,7 +233,7 @@ def plus_minus(row: Row | None) -> str:
     if row is None or row.value is None:
         return MISSING
     sides = [abs(end - row.value) for end in (row.low, row.high) if end is not None]
-    return f"{row.value:.1f}" + (f" ±{max(sides):.1f}" if sides else "")
+    return f"{row.value:.1f}" + (f" ±{max(sides):.1f}" if sides else "") + (FEW if few_samples(row) else "")
 
 
 def points(row: Row | None) -> str:
@@ -224,7 +241,19 @@ def points(row: Row | None) -> str:
     if row is None or row.value is None:
         return MISSING
     interval = "" if row.low is None or row.high is None else f" ({signed(row.low)} to {signed(row.high)})"
-    return signed(row.value) + interval
+    return signed(row.value) + interval + (FEW if few_samples(row) else "")
+
+
+def difference(row: Row | None) -> str:
+    """+0.031 (0.012 to 0.050), in the unit of the score."""
+    if row is None or row.value is None:
+        return MISSING
+
+    def text(v: float) -> str:
+        return ("+" if v > 0 else "") + digits(v).replace("-", "−")
+
+    interval = "" if row.low is None or row.high is None else f" ({text(row.low)} to {text(row.high)})"
+    return text(row.value) + interval + (FEW if few_samples(row) else "")
 
 
 def cosine(row: Row | None) -> str:
@@ -261,7 +290,7 @@ def _with_interval(row: Row | None, write: Any, unit: str = "") -> str:
     if row is None or row.value is None:
         return MISSING
     interval = "" if row.low is None or row.high is None else f" ({write(row.low)}–{write(row.high)})"
-    return write(row.value) + (f" {unit}" if unit else "") + interval
+    return write(row.value) + (f" {unit}" if unit else "") + interval + (FEW if few_samples(row) else "")
 
 
 def console_table(rows: Sequence[Row]) -> "Table":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from recipes.schema import Recipe
 
 Problem = tuple[str, str]
+MAIN = "main"  # as distill/evaluate/suite.py calls the recipe's own sets; importing that would make every check slow
 
 
 def problems(r: "Recipe") -> list[Problem]:
@@ -83,6 +84,14 @@ def _names(r: "Recipe") -> Iterator[Problem]:
     for path, name in [("name", r.name), *((s.replace("/", ".", 1), n) for n, s in r.subjects().items())]:
         if not re.fullmatch(pattern, name):
             yield path, f"{name!r} names a folder: use letters, digits, - and _, beginning with a letter or digit"
+    for name in r.evaluate.tasks:
+        if not re.fullmatch(pattern, name):
+            yield (
+                f"evaluate.tasks.{name}",
+                f"{name!r} names a task and its pages: use letters, digits, - and _, beginning with a letter or digit",
+            )
+        elif name == MAIN:
+            yield f"evaluate.tasks.{name}", f"{MAIN!r} is what data.gallery and data.test are called: name the task otherwise"
     if not r.students:
         yield "students", "name at least one student"
     if not 0 <= r.seed < 2**31:

@@ -124,9 +124,72 @@ def export(folder: RunFolder, quiet: Quiet = False) -> None:
 
 
 @app.command()
-def bench(folder: RunFolder, quiet: Quiet = False) -> None:
-    """Measure a finished run's artifacts again, and renew what depends on it."""
-    again(("benchmark",), folder, quiet)
+def bench(
+    targets: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TARGET...",
+            help="An .onnx, an OpenVINO .xml, an engine, a bundle (.tar.gz), the folder of an artifact or a model; or one RUN alone.",
+        ),
+    ],
+    batch: Annotated[
+        list[int],
+        typer.Option("--batch", min=1, help="Examples a call; may be repeated. By default 1, or what a file is fixed at."),
+    ] = [],  # noqa: B006
+    resolution: Annotated[
+        int | None,
+        typer.Option("--resolution", min=1, help="Side of pictures in pixels where a file leaves it open. By default 224."),
+    ] = None,
+    threads: Annotated[
+        list[int],
+        typer.Option("--threads", min=1, help="Of the CPU; may be repeated. By default all that this process may use."),
+    ] = [],  # noqa: B006
+    runtime: Annotated[
+        list[str], typer.Option("--runtime", help="What runs a plain ONNX file: onnxruntime or openvino; may be repeated.")
+    ] = [],  # noqa: B006
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="Timed seconds of each file and batch. By default 2.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Turns that the files take. By default 20.")] = None,
+    versus: Annotated[
+        Path | None, typer.Option("--versus", metavar="TARGET", help="What the others are compared with. By default the first.")
+    ] = None,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="On a GPU: time the network alone as a CUDA graph.")] = False,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every row and the machine to a file.")
+    ] = None,
+    as_csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every row as a table.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time files against each other, interleaved in one run; or measure a finished run's artifacts again.
+
+    Each file is opened five times, and everything takes turns. FASTER or SLOWER is said only when the whole 95 % interval of the ratio,
+    widened by what a file shows against itself, lies on one side. A run is measured with its recipe's settings, without options.
+    """
+    asked = {"--batch": batch, "--resolution": resolution, "--threads": threads, "--runtime": runtime, "--seconds": seconds}
+    asked |= {"--rounds": rounds, "--versus": versus, "--cuda-graph": cuda_graph, "--json": as_json, "--csv": as_csv}
+    with sentences():
+        from recipes.bench import bench_files, run_folder
+
+        collect_garbage()
+        folder = run_folder(targets, [name for name, value in asked.items() if value])
+        if folder is None:
+            bench_files(
+                targets,
+                batches=batch,
+                resolution=resolution,
+                threads=threads,
+                runtimes=runtime,
+                seconds=seconds,
+                rounds=rounds,
+                versus=versus,
+                cuda_graph=cuda_graph,
+                as_json=as_json,
+                as_csv=as_csv,
+                progress=progress(quiet),
+            )
+    if folder is not None:
+        again(("benchmark",), folder, quiet)
 
 
 @app.command()
@@ -204,6 +267,60 @@ def lint(
 
 
 @app.command()
+def compare(
+    a: Annotated[
+        Path, typer.Argument(metavar="RUN_A", help="The run to compare with: a folder, its report.json or rows.jsonl.")
+    ],
+    b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run that is judged.")],
+    gates: Annotated[
+        list[str],
+        typer.Option("--gate", metavar="'knn>=-0.3'", help="METRIC[@SUBJECT[/TARGET]] >= or <= B minus A; may be repeated."),
+    ] = [],  # noqa: B006
+    strict: Annotated[bool, typer.Option("--strict", help="A gate holds only if the whole interval does.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show every number, not only those that changed.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="For a pull request; - prints it.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="JUnit XML for CI; - prints it.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Everything as JSON; - prints it.")] = None,
+) -> None:
+    """Say what changed between two runs, with intervals and verdicts. Exit code 1 when a gate fails.
+
+    Accuracies on the same test images are compared in pairs; times only where the machine is the same.
+    """
+    with sentences():
+        from recipes.compare import compare as compare_runs
+
+        compare_runs(a, b, gates, strict, everything, markdown, junit, as_json)
+
+
+@app.command()
+def demo(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="RUN|BUNDLE|ARTIFACT...", help="A run's folder, a bundle, or folders of artifacts.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option("--images", metavar="FOLDER", help="Images to search in, indexed when first asked for.")
+    ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option("--index", metavar="DIR", help="Where the index is kept. By default in the run or beside the bundle."),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to serve at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="By default the first free one from 7860.")
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    check: Annotated[bool, typer.Option("--check", help="Try every view once, print a line a model, and end.")] = False,
+) -> None:
+    """Show what the features see on a page: components, similarity, masks, similar images, and two artifacts side by side."""
+    with sentences():
+        from recipes.demo import show
+
+        show(paths, images, index, host, port, browser, check)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, and what each missing thing would give."""
     with sentences():
@@ -218,11 +335,18 @@ def doctor() -> None:
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    report: Annotated[bool, typer.Option("--report", help="Print the schema of report.json instead.")] = False,
+) -> None:
     """Print the JSON schema of a recipe, for editors that complete and check YAML."""
     with sentences():
         import json
 
+        if report:
+            from export.report_schema import json_schema
+
+            typer.echo(json.dumps(json_schema(), indent=2))
+            return
         from recipes.schema import Recipe
 
         typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))

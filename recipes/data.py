@@ -1,7 +1,8 @@
 """The image sources that a recipe names, opened once, when first needed."""
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -20,10 +21,14 @@ CHECKED_AT_MOST = (
 
 
 class Data:
-    """`train` and `gallery` are the same object when the recipe does not tell them apart; `test` may be absent."""
+    """`train` and `gallery` are the same object when the recipe does not tell them apart; `test` may be absent.
 
-    def __init__(self, config: DataConfig):
-        self.config = config
+    Args:
+        tasks: further evaluations by name, each with sources of its own (distill/evaluate/task.py).
+    """
+
+    def __init__(self, config: DataConfig, tasks: Mapping[str, Any] | None = None):
+        self.config, self._tasks = config, tasks or {}
 
     @cached_property
     def train(self) -> "Source | StreamingSource":
@@ -38,6 +43,30 @@ class Data:
     @cached_property
     def test(self) -> "Source | None":
         return None if self.config.test is None else self._counted("test")
+
+    @cached_property
+    def tasks(self) -> "dict[str, dict[str, Source]]":
+        """The sources of each task by role.
+
+        Raises: UserError: naming the setting, where one streams; what building them raises.
+        """
+        from distill.data.sources import StreamingSource, source_from
+
+        found: dict[str, dict[str, Source]] = {}
+        for name, task in self._tasks.items():
+            found[name] = {}
+            for role, value in task.sources().items():
+                source = source_from(value).build()
+                if isinstance(source, StreamingSource):
+                    raise UserError(
+                        f"evaluate.tasks.{name}.{role} streams, and evaluation needs a set of known length. "
+                        "Name one that does not stream; a `limit` keeps it small."
+                    )
+                found[name][role] = source
+        return found
+
+    def task_fingerprints(self) -> dict[str, str]:
+        return {f"{name}.{role}": s.fingerprint() for name, sources in self.tasks.items() for role, s in sources.items()}
 
     def _counted(self, role: str) -> "Source":
         """A source that evaluation can count and read again."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -45,7 +45,7 @@ def describe(recipe: Recipe, run: Path, processes: int = 1) -> RenderableType:
     teacher = teacher_shape(recipe, run)
     found = trainings(recipe, teacher)
     costs = (_trainings(found, recipe), Text(ASSUMED, style="dim"), Text(), _memory(found, recipe, processes))
-    return Group(_models(recipe, teacher), Text(), *costs, Text(), *_stages(recipe, run))
+    return Group(_models(recipe, teacher), Text(), *costs, Text(), *_tasks(recipe), *_stages(recipe, run))
 
 
 def teacher_shape(r: Recipe, run: Path) -> Shape | None:
@@ -259,11 +259,33 @@ PARTS: dict[str, Callable[[Memory], float]] = {
 }
 
 
+def _tasks(r: Recipe) -> Iterator[RenderableType]:
+    """The further evaluations, where there are any."""
+    if not r.evaluate.tasks:
+        return
+    table = Table(title="Tasks of frozen features", title_justify="left")
+    for column in ("task", "kind", "data"):
+        table.add_column(column)
+    for name, task in r.evaluate.tasks.items():
+        data = (f"{role}: {_where(value)}" for role, value in task.sources().items())
+        table.add_row(name, task.kind, ", ".join(data))
+    yield table
+    yield Text()
+
+
+def _where(value: Any) -> str:
+    """A source as a recipe names it, in short."""
+    if isinstance(value, str):
+        return value
+    settings = value.model_dump(exclude_defaults=True)
+    return str(settings.get("path") or settings.get("name") or getattr(value, "kind", ""))
+
+
 def _stages(r: Recipe, run: Path) -> Iterator[RenderableType]:
     from recipes.decide import decide
     from recipes.stages import plan
 
-    if remote := [f"data.{role} ({name})" for role, name in _not_here(r)]:
+    if remote := [f"{path} ({name})" for path, name in _not_here(r)]:
         yield Text(f"Which stages would run is open: {' and '.join(remote)} would have to be fetched first.", style="yellow")
         return
     load = r.teacher.load
@@ -283,11 +305,14 @@ def _stages(r: Recipe, run: Path) -> Iterator[RenderableType]:
 
 
 def _not_here(r: Recipe) -> Iterator[tuple[str, str]]:
-    """(role, name) of the data sets that are names on a hub: a check opens nothing that may be downloaded."""
+    """(setting, name) of the data sets that are names on a hub: a check opens nothing that may be downloaded."""
     from distill.data.hub import BUILDERS
     from distill.data.sources import DatasetsConfig, source_from
 
-    for role, value in (("train", r.data.train), ("gallery", r.data.gallery), ("test", r.data.test)):
-        config = None if value is None else source_from(value)
+    named = [(f"data.{role}", value) for role in ("train", "gallery", "test") if (value := getattr(r.data, role)) is not None]
+    for name, task in r.evaluate.tasks.items():
+        named += [(f"evaluate.tasks.{name}.{role}", value) for role, value in task.sources().items()]
+    for path, value in named:
+        config = source_from(value)
         if isinstance(config, DatasetsConfig) and config.name not in BUILDERS and not Path(config.name).expanduser().is_dir():
-            yield role, config.name
+            yield path, config.name

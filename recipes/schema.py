@@ -9,7 +9,7 @@ from distill.config import Config
 from distill.data.loader import MasksConfig
 from distill.data.preprocess import Preprocess
 from distill.data.sources import SourceConfig
-from distill.evaluate.suite import EvaluateConfig
+from distill.evaluate.config import EvaluateConfig
 from distill.models.backbone import BackboneConfig
 from distill.models.foreign import LoadConfig
 from distill.models.heads import HeadConfig

@@ -5,6 +5,7 @@ Every function here returns `work(folder, progress)`; nothing is computed before
 
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,20 +138,22 @@ def parity(r: Recipe, data: Data, run: Path) -> Work:
 
 def evaluate(r: Recipe, data: Data, run: Path) -> Work:
     def work(folder: Path, progress: Progress) -> None:
-        from distill.evaluate.pairs import paired_rows
         from distill.evaluate.suite import evaluate as judge
         from export.artifact import Unrunnable
 
         subjects = [*_yardsticks(r, run), *_models(r, run), *_artifacts(r, run)]
-        if data.test is None:
-            reason = "The recipe names no test set (data.test)."
-            rows = [not_measured(m, s.subject, s.target, reason) for s in subjects for m in ("knn_top1", "linear_top1")]
-            write_rows(folder / "rows.jsonl", rows)
-            return
-        result = judge(r.evaluate, subjects, data.gallery, data.test, folder, progress, (Unrunnable,))
-        write_rows(folder / "rows.jsonl", result.rows + paired_rows(result.predictions, _pairs(r, run)))
+        gallery, test = (None if data.test is None else data.gallery), data.test
+        result = judge(
+            r.evaluate, subjects, gallery, test, folder, progress, (Unrunnable,), data.tasks, _pairs(r, run), kept(run)
+        )
+        write_rows(folder / "rows.jsonl", result.rows)
 
     return work
+
+
+def kept(run: Path) -> Path:
+    """Where features of evaluations stay when settings of an evaluation change; no stage owns it, and it may be deleted."""
+    return run / "cache"
 
 
 def last_cut(folder: Path) -> Path:
@@ -159,7 +162,7 @@ def last_cut(folder: Path) -> Path:
 
 
 def _yardsticks(r: Recipe, run: Path) -> list[Any]:
-    from distill.evaluate.suite import Subject
+    from distill.evaluate.reader import Subject
 
     preprocess = r.input.preprocess()
     plain = r.input.model_copy(update={"normalize": "none"}).preprocess()
@@ -183,7 +186,7 @@ def _yardsticks(r: Recipe, run: Path) -> list[Any]:
 
 
 def _models(r: Recipe, run: Path) -> list[Any]:
-    from distill.evaluate.suite import Subject
+    from distill.evaluate.reader import Subject
 
     folders = {"teacher": run / "teacher"} | {subject: run / subject for subject in r.subjects().values()}
     folders |= {f"cut/{n}": last_cut(run / "pruned" / n) for n, p in r.pruned.items() if p.recovery is not None}
@@ -201,7 +204,7 @@ def _models(r: Recipe, run: Path) -> list[Any]:
 
 
 def _artifacts(r: Recipe, run: Path) -> list[Any]:
-    from distill.evaluate.suite import Subject
+    from distill.evaluate.reader import Subject
     from export.runtimes import open_artifact
 
     return [
@@ -232,7 +235,7 @@ def _pairs(r: Recipe, run: Path) -> list[tuple[str, str]]:
             found.append((mine, f"cut/{name}/torch-fp32"))
         found += [(mine, f"control/{name}/torch-fp32")] if name in r.controls() else []
         runnable = [a for a in artifacts_of(r, run, name) if a.runtime in ("onnxruntime", "openvino")]
-        found += [(f"{subject}/{a.target}", mine) for a in runnable]
+        found += [(f"{subject}/{a.target}", other) for a in runnable for other in (mine, "teacher/torch-fp32")]
         if name in r.qad:  # what training with quantization gained over quantizing afterwards
             of = r.qad[name].of
             there = {a.target for a in artifacts_of(r, run, of)}
@@ -281,19 +284,31 @@ def benchmark(r: Recipe, run: Path) -> Work:
 
 def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
     def work(folder: Path, progress: Progress) -> None:
+        from export.artifact import Unrunnable
         from export.labels import label_of
-        from export.pictures import pca_strip
-        from export.report import write_report
+        from export.pictures import BATCH, pca_strip
+        from export.report import training_curves, write_report
+        from export.trackers import send
+        from recipes.pictures import beside, panels
 
         rows = read_rows(run / "rows.jsonl")
         models = {"teacher": run / "teacher"} | {s: run / s for s in r.subjects().values()}
-        encoders = {name: torch_encoder(path) for name, path in models.items()}
-        pictures = data.pictures("test", STRIP_IMAGES)
-        named = {name: label_of(name, "torch-fp32") for name in models}
-        seen = {named[name]: load_preprocess(path) for name, path in models.items()}
-        strip = pca_strip(pictures, {named[name]: encoder for name, encoder in encoders.items()}, seen)
+        encoders = {label_of(name, "torch-fp32"): torch_encoder(path) for name, path in models.items()}
+        seen = {label_of(name, "torch-fp32"): load_preprocess(path) for name, path in models.items()}
+        at_once = dict.fromkeys(encoders, BATCH)
+        subjects = [*_models(r, run), *_artifacts(r, run)]
+        for quantized in beside(subjects)[2:]:
+            label = label_of(quantized.subject, quantized.target)
+            with suppress(Unrunnable):
+                encoders[label], seen[label], at_once[label] = quantized.open(), quantized.preprocess, 1
+        strip = pca_strip(data.pictures("test", STRIP_IMAGES), encoders, seen, batch=at_once)
         controls = [f"control/{n}" for n in r.controls()]
-        write_report(run, folder, rows, r.report, strip=strip, models=[*models, *controls], stages=stages)
+        shown = panels(r, data, run / "evaluate", kept(run), subjects, progress)
+        write_report(run, folder, rows, r.report, strip=strip, pictures=shown, models=[*models, *controls], stages=stages)
+        curves = training_curves(run)
+        for tracker in r.report.trackers:
+            if problem := send(tracker, rows, curves, run.resolve().name, folder / "trackers"):
+                progress.say(f"report: {problem}", warning=True)
 
     return work
 

@@ -16,7 +16,7 @@ from recipes.schema import Recipe
 
 def plan(recipe: Recipe, run: Path) -> list[Stage]:
     """The stages of a recipe, each after those whose folders it reads. Nothing is done yet, but data are opened and fingerprinted."""
-    data = Data(recipe.data)
+    data = Data(recipe.data, recipe.evaluate.tasks)
     r = recipe
     settings = {"seed": r.seed, "normalize": r.input.normalize}
     train = {"train": data.fingerprint("train")}
@@ -69,7 +69,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             folder=Path("evaluate"),
             config={"evaluate": r.evaluate.model_dump(), "seed": r.seed, "input": r.input.model_dump()},
             inputs=judged,
-            data=data.fingerprints("gallery", "test") if r.data.test is not None else {},
+            data=(data.fingerprints("gallery", "test") if r.data.test is not None else {}) | data.task_fingerprints(),
             work=shipping.evaluate(r, data, run),
         ),
         Stage(

@@ -3,27 +3,21 @@
 Shape legend: n images of a set, B batch, D width, S side of the preprocessed image in pixels.
 """
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.data.preprocess import Preprocess
 from distill.data.sources import Source
 from distill.encoder import Encoder, Features
 from distill.errors import EnvironmentFailed
-from distill.files import replacing, sha256_json
 from distill.progress import Progress
 
 CACHE_BYTES = 2**30  # preprocessed images of one set kept in memory, as uint8 before normalisation; larger sets are read again
@@ -50,13 +44,13 @@ class Images:
     def __len__(self) -> int:
         return len(self._known)
 
-    def batches(self, batch: int) -> Iterator[Tensor]:
-        """[B, 3, S, S] float32 tensors in order, the last one shorter. Threads work a few batches ahead."""
+    def batches(self, batch: int, start: int = 0) -> Iterator[Tensor]:
+        """[B, 3, S, S] float32 tensors in order from image `start`, the last one shorter. Threads work a few batches ahead."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="images")
         ahead: deque[Future[Tensor]] = deque()
         try:
-            for start in range(0, len(self), batch):
-                ahead.append(pool.submit(self._batch, start, min(start + batch, len(self))))
+            for first in range(start, len(self), batch):
+                ahead.append(pool.submit(self._batch, first, min(first + batch, len(self))))
                 if len(ahead) > self.workers:
                     yield ahead.popleft().result()
             while ahead:
@@ -85,7 +79,7 @@ class TooLarge(EnvironmentFailed):
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """`cls` [n, D] and `mean_patch` [n, D'] float32, `labels` int64 [n] or None, `name` and `fingerprint` of the data set."""
+    """Features in memory: `cls` [n, D] and `mean_patch` [n, D'] float32, `labels` int64 [n] or None, `name` and `fingerprint` of it."""
 
     cls: Tensor
     mean_patch: Tensor
@@ -93,17 +87,13 @@ class FeatureSet:
     name: str
     fingerprint: str
 
-    def finite(self) -> Tensor:
-        """bool [n]: which images' features are all finite."""
-        return self.cls.isfinite().all(1) & self.mean_patch.isfinite().all(1)
-
     def at(self, index: Tensor) -> Features:
         """Some of the images, as Features whose only patch is the mean patch: what `probe_features` expects."""
         return Features(self.cls[index], self.mean_patch[index][:, None])
 
 
 def extract(encoder: Encoder, images: Images, batch: int, progress: Progress, title: str = "features") -> FeatureSet:
-    """Run an encoder over all images.
+    """Run an encoder over all images and keep the features in memory; those that are worth keeping go to a `store.FeatureStore`.
 
     Raises:
         TooLarge: raw pixels of large images, usually.
@@ -118,59 +108,23 @@ def extract(encoder: Encoder, images: Images, batch: int, progress: Progress, ti
             cls[done : done + len(x)], mean_patch[done : done + len(x)] = parts
             done += len(x)
             task.advance(len(x))
-    return FeatureSet(cls, mean_patch, _labels(images), images.name, images.fingerprint)
+    return FeatureSet(cls, mean_patch, labels_of(images), images.name, images.fingerprint)
 
 
 def _room(part: Tensor, n: int, title: str) -> Tensor:
-    size, free = 4 * n * part.shape[1], psutil.virtual_memory().available
-    if size > FEATURE_SHARE * free:
-        raise TooLarge(
-            f"{title}: {n} features of {part.shape[1]} numbers take {size / 2**30:.1f} GiB, too much to work with in "
-            f"{free / 2**30:.1f} GiB of free memory. Evaluate on fewer images or at a lower resolution."
-        )
+    check_memory(n, part.shape[1], title)
     return torch.empty(n, part.shape[1])
 
 
-def _labels(images: Images) -> Tensor | None:
+def check_memory(n: int, width: int, title: str) -> None:
+    """Raises TooLarge where n features of `width` numbers leave too little memory to work with them."""
+    size, free = 4 * n * width, psutil.virtual_memory().available
+    if size > FEATURE_SHARE * free:
+        raise TooLarge(
+            f"{title}: {n} features of {width} numbers take {size / 2**30:.1f} GiB, too much to work with in "
+            f"{free / 2**30:.1f} GiB of free memory. Evaluate on fewer images or at a lower resolution."
+        )
+
+
+def labels_of(images: Images) -> Tensor | None:
     return None if images.labels is None else torch.from_numpy(np.asarray(images.labels, np.int64).copy())
-
-
-def identity(weights: str, images: Images, batch: int) -> dict[str, Any]:
-    """What features depend on. `weights`: hash of the model or artifact. `batch` counts: it moves the last bits of products."""
-    return {
-        "weights": weights,
-        "data": images.fingerprint,
-        "images": len(images),
-        "preprocess": images.preprocess.to_json(),
-        "batch": batch,
-    }
-
-
-def save(folder: Path, what: dict[str, Any], features: FeatureSet) -> Path:
-    """Store features under their identity, whole or not at all."""
-    path = _path(folder, what)
-    tensors = {"cls": features.cls.contiguous(), "mean_patch": features.mean_patch.contiguous()}
-    with replacing(path) as part:
-        save_file(tensors, part, metadata={"identity": json.dumps(what, sort_keys=True)})
-    return path
-
-
-def load(folder: Path, what: dict[str, Any], images: Images) -> FeatureSet | None:
-    """Features stored under this identity; None where there are none, or a file that is damaged or of something else."""
-    path = _path(folder, what)
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as f:
-            if (f.metadata() or {}).get("identity") != json.dumps(what, sort_keys=True):
-                return None
-            cls, mean_patch = f.get_tensor("cls"), f.get_tensor("mean_patch")
-    except (OSError, SafetensorError):
-        return None
-    if not len(cls) == len(mean_patch) == len(images):
-        return None
-    return FeatureSet(cls, mean_patch, _labels(images), images.name, images.fingerprint)
-
-
-def _path(folder: Path, what: dict[str, Any]) -> Path:
-    return folder / f"{sha256_json(what)[:24]}.safetensors"

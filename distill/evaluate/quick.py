@@ -9,7 +9,8 @@ from torch import Tensor
 from distill.data.preprocess import Preprocess
 from distill.encoder import Encoder
 from distill.evaluate import knn
-from distill.evaluate.suite import EvaluateConfig, align
+from distill.evaluate.config import EvaluateConfig
+from distill.evaluate.split import align
 
 if TYPE_CHECKING:
     from distill.data.sources import Source

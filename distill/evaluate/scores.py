@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from distill.errors import UserError
+from distill.evaluate.intervals import paired as paired_shares
+from distill.evaluate.intervals import wilson
 from distill.files import replacing
 from distill.rows import Row, not_measured
 
@@ -100,10 +102,19 @@ def percent_right(metric: str, right: np.ndarray, **conditions: Any) -> Score:
 
 
 def interval(score: Score, seed: int = 0) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval over items; None for fewer than two items."""
+    """95 % percentile bootstrap interval over items; None for fewer than two items. Of items that are right or wrong it is Wilson's, which
+    does not shrink to nothing at 0 % and 100 %."""
     if len(score.stats) < 2:
         return None
+    if is_share_of_right(score):
+        low, high = wilson(int(score.stats[:, 0].sum()), int(score.stats[:, 1].sum()))
+        return float(low), float(high)
     return _limits(REDUCTIONS[score.reduction](_drawn(score.stats, seed)))
+
+
+def is_share_of_right(score: Score) -> bool:
+    """Whether every item counts once, or not at all, and is right or wrong."""
+    return score.reduction == "percent" and bool(np.isin(score.stats, (0.0, 1.0)).all())
 
 
 @dataclass(frozen=True)
@@ -116,10 +127,15 @@ class Difference:
 
 
 def paired(a: Score, b: Score, seed: int = 0) -> Difference:
-    """Both scores over the same draws of items: what makes an item hard is in both, and cancels."""
+    """Both scores over the same draws of items: what makes an item hard is in both, and cancels. Tango's interval where items are right or
+    wrong."""
     assert (a.metric, a.reduction, a.stats.shape) == (b.metric, b.reduction, b.stats.shape)
     reduce = REDUCTIONS[a.reduction]
     found = None
+    there = a.stats[:, -1] == 1
+    if is_share_of_right(a) and is_share_of_right(b) and there.any() and (a.stats[:, 1] == b.stats[:, 1]).all():
+        exact = paired_shares(a.stats[there, 0] == 1, b.stats[there, 0] == 1)
+        return Difference(exact.difference, (exact.low, exact.high), exact.n)
     if len(a.stats) > 1:
         both = _drawn(np.concatenate([a.stats, b.stats], 1), seed)
         mine, theirs = np.split(both, 2, -1)
@@ -173,6 +189,7 @@ class ScoreBook:
                 self.about[key] |= {name: said[name] for name in SHARED if name in said}
             few = {"few_samples": True} if len(score.stats) < FEW else {}
             low, high = limits or (None, None)
+            how = "Wilson" if is_share_of_right(score) else "bootstrap over items"
             found.append(
                 Row(
                     metric=score.metric,
@@ -182,7 +199,7 @@ class ScoreBook:
                     n=len(score.stats),
                     subject=subject,
                     target=target,
-                    conditions={**said, **few, "interval": "bootstrap over items"} if limits else {**said, **few},
+                    conditions={**said, **few, "interval": how} if limits else {**said, **few},
                 )
             )
         return found
@@ -192,18 +209,21 @@ class ScoreBook:
         found = []
         for first, second in pairs:
             mine, theirs = self._of(first), self._of(second)
-            for what, key in mine.items():
-                if what in theirs and self.stats[key].shape == self.stats[theirs[what]].shape:
-                    found.append(self._difference(key, theirs[what], second))
+            for what in (w for w in mine if w in theirs):
+                a, b = mine[what], theirs[what]
+                same = [(a[size], b[size]) for size in a if size in b]
+                if not same and len(a) == len(b) == 1:  # as a teacher that sees the same images larger
+                    same = [(next(iter(a.values())), next(iter(b.values())))]
+                found += [self._difference(x, y, second) for x, y in same if self.stats[x].shape == self.stats[y].shape]
         return found
 
-    def _of(self, name: str) -> dict[str, str]:
-        """What was scored -> key, of one `subject/target`."""
-        found = {}
+    def _of(self, name: str) -> dict[str, dict[Any, str]]:
+        """What was scored -> resolution -> key, of one `subject/target`."""
+        found: dict[str, dict[Any, str]] = {}
         for key, about in self.about.items():
             if f"{about['subject']}/{about['target']}" == name:
                 same = {k: v for k, v in about.items() if k not in ("subject", "target", "resolution")}
-                found[json.dumps(same, sort_keys=True)] = key
+                found.setdefault(json.dumps(same, sort_keys=True), {})[about.get("resolution")] = key
         return found
 
     def score(self, key: str) -> Score:
@@ -214,7 +234,7 @@ class ScoreBook:
         about = self.about[a]
         found = paired(self.score(a), self.score(b))
         low, high = found.interval or (None, None)
-        conditions = {"versus": second, "interval": "paired bootstrap over items"}
+        conditions: dict[str, Any] = {"versus": second, "interval": "paired bootstrap over items"}
         conditions |= {name: about[name] for name in SHARED if name in about}
         if (other := self.about[b].get("resolution")) != about.get("resolution"):
             conditions["versus_resolution"] = other

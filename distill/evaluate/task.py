@@ -8,7 +8,7 @@ Shape legend: L layers, n images, N patch tokens, D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -65,7 +65,9 @@ class Reader(Protocol):
     """
 
     resolution: int
-    depth: int
+
+    @property
+    def depth(self) -> int: ...
 
     def read(self, source: Source, *, patches: bool = False, layers: int = 1, fit: Fit = "crop") -> Stored:
         """Features of every image of a source, from disk where they are there already.
@@ -84,6 +86,9 @@ class Task(Protocol):
 
     kind: str
 
+    def model_dump(self) -> dict[str, Any]:
+        """All its settings, as of every config."""
+
     def sources(self) -> dict[str, Any]:
         """Role -> the source config (or shorthand) that the recipe names, e.g. train and test."""
 
@@ -99,3 +104,14 @@ class Task(Protocol):
         Raises:
             Unfit: with the sentence why.
         """
+
+
+@runtime_checkable
+class HeadTask(Task, Protocol):
+    """A task whose judging trains a head worth keeping: pictures, demos and bundles use it. `judge` is `fit`, then `scores`."""
+
+    def fit(self, reader: Reader, sources: dict[str, Any], progress: Progress) -> Any:
+        """The trained head, with `save(path)`."""
+
+    def scores(self, head: Any, reader: Reader, sources: dict[str, Any], progress: Progress) -> Sequence[Score | Unscored]:
+        """A head judged."""

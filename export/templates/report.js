@@ -17,14 +17,15 @@ for (const table of document.querySelectorAll("table.sortable")) {
         return "value" in cell.dataset ? cell.dataset.value : cell.textContent.trim();
       };
       for (const body of table.tBodies) {
-        const rows = [...body.rows];
+        const group = [...body.rows].filter((row) => row.className === "group");
+        const rows = [...body.rows].filter((row) => row.className !== "group");
         rows.sort((a, b) => {
           const x = value(a), y = value(b);
           if (x === "" || y === "") return (x === "") - (y === ""); // what was not measured stays last either way
           const difference = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
           return down ? -difference : difference;
         });
-        body.append(...rows);
+        body.append(...group, ...rows);
       }
     });
   });

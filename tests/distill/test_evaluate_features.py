@@ -1,4 +1,4 @@
-"""Extraction: exactly the deployed preprocessing, read once, stored whole, nothing redone."""
+"""Images and features in memory: exactly the deployed preprocessing, read once."""
 
 from dataclasses import replace
 
@@ -10,8 +10,7 @@ from PIL import Image
 
 from distill.data.preprocess import Preprocess
 from distill.encoder import Features, TorchEncoder
-from distill.evaluate import features as module
-from distill.evaluate.features import Images, TooLarge, extract, identity, load, save
+from distill.evaluate.features import Images, TooLarge, extract
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.progress import Progress
 
@@ -64,6 +63,7 @@ def test_batches_are_the_deployed_preprocessing_to_the_bit(normalize, limit):
     for _ in range(2):
         assert np.array_equal(torch.cat(list(images.batches(5))).numpy(), expected)
     assert [len(b) for b in images.batches(5)] == [5, 5, 5, 5, 3]
+    assert np.array_equal(torch.cat(list(images.batches(5, start=10))).numpy(), expected[10:])
 
 
 def test_images_are_read_once_when_they_fit_and_again_when_not():
@@ -128,55 +128,3 @@ def test_at_gives_the_mean_patch_as_the_only_patch():
     assert isinstance(some, Features)
     assert torch.equal(some.cls, found.cls[[4, 1]])
     assert torch.equal(some.patches.mean(1), found.mean_patch[[4, 1]])
-
-
-@pytest.fixture
-def stored(tmp_path):
-    images = Images(Noise(6), P)
-    found = extract(Plain(), images, 4, QUIET)
-    what = identity("weights", images, 4)
-    return images, found, what, save(tmp_path, what, found)
-
-
-def test_stored_features_come_back(stored, tmp_path):
-    images, found, what, _ = stored
-    back = load(tmp_path, what, images)
-    assert torch.equal(back.cls, found.cls)
-    assert torch.equal(back.mean_patch, found.mean_patch)
-    assert torch.equal(back.labels, found.labels)
-    assert (back.name, back.fingerprint) == (found.name, found.fingerprint)
-
-
-def test_other_weights_data_preprocessing_or_batch_do_not_match(stored, tmp_path):
-    images, _, what, _ = stored
-    others = [
-        identity("other", images, 4),
-        identity("weights", Images(Noise(6, seed=1), P), 4),
-        identity("weights", Images(Noise(6), replace(P, size=16, resize=16)), 4),
-        identity("weights", Images(Noise(6), replace(P, normalize="none")), 4),
-        identity("weights", images, 8),
-    ]
-    assert all(load(tmp_path, other, images) is None for other in others)
-    assert load(tmp_path, what, images) is not None
-
-
-def test_a_damaged_or_foreign_file_is_extracted_again(stored, tmp_path):
-    images, found, what, path = stored
-    other = identity("other", images, 4)
-    save(tmp_path, other, found).rename(path)  # right name, wrong content
-    assert load(tmp_path, what, images) is None
-    path.write_bytes(path.read_bytes()[:200])
-    assert load(tmp_path, what, images) is None
-
-
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, stored):
-    images, found, _, _ = stored
-
-    def dies(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "save_file", dies)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path / "new", identity("weights", images, 4), found)
-    assert list((tmp_path / "new").iterdir()) == []

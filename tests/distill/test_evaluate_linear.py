@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill.encoder import Features
-from distill.evaluate.linear import ProbeSettings, probe, probe_features, scaled_lr, train_heads
+from distill.evaluate import linear
+from distill.evaluate.linear import Columns, ProbeSettings, feature_sets, probe, probe_features, scaled_lr, train_heads
 
 LRS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -149,3 +150,43 @@ def test_fast():
     before = time.process_time()
     probe(features(x), y, features(tx), ProbeSettings(LRS))
     assert time.process_time() - before < 5
+
+
+def test_layers_widen_the_grid_and_the_best_is_named():
+    """The label is in the third layer from the end alone: only sets of four layers can see it."""
+    (x, y), (tx, ty) = (data(1000, s, separation=0.6) for s in (0, 1))
+    g = torch.Generator().manual_seed(5)
+
+    def layers(hidden: torch.Tensor) -> list[Features]:
+        noise = [torch.randn(1000, 64, generator=g) for _ in range(3)]
+        return [features(f) for f in (noise[0], hidden, noise[1], noise[2])]
+
+    gallery, test = layers(x), layers(tx)
+    deep = probe(gallery, y, test, ProbeSettings(LRS, steps=200, layers=(1, 4)))
+    assert deep.features.startswith("last4_cls")
+    assert (deep.predicted == ty).float().mean() > 0.5
+    shallow = probe(gallery, y, test, ProbeSettings(LRS, steps=200))
+    assert shallow.features in ("cls", "cls+mean_patch")
+    assert (shallow.predicted == ty).float().mean() < 0.25
+    assert list(feature_sets(gallery, (1, 4))) == ["cls", "cls+mean_patch", "last4_cls", "last4_cls+mean_patch"]
+    assert list(feature_sets(gallery[-2:], (1, 4))) == ["cls", "cls+mean_patch"]
+    assert "more than these features have" in str(probe(gallery[-1], y, test[-1], ProbeSettings(LRS, layers=(4,))))
+
+
+def test_columns_are_what_one_tensor_would_be():
+    x, y = data(90, 0, dim=6, classes=3)
+    index = torch.randperm(90, generator=torch.Generator().manual_seed(1))[:50]
+    settings = ProbeSettings((0.3, 1.0), steps=20, batch=16)
+    whole = train_heads([torch.cat([x, x**2], 1)[index]], y[index], 3, settings)[0]
+    parts = train_heads([Columns([x, x**2]).some(index)], y[index], 3, settings)[0]
+    for name in ("weight", "bias", "shift", "scale"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name))
+
+
+def test_results_do_not_depend_on_how_many_rows_are_judged_at_once(monkeypatch):
+    x, y = data(600, 0)
+    whole = probe(features(x), y, features(x), ProbeSettings(LRS, steps=100))
+    monkeypatch.setattr(linear, "CHUNK_ELEMENTS", 1000)
+    sliced = probe(features(x), y, features(x), ProbeSettings(LRS, steps=100))
+    assert torch.equal(whole.predicted, sliced.predicted)
+    assert (whole.lr, whole.features, whole.held_out_top1) == (sliced.lr, sliced.features, sliced.held_out_top1)

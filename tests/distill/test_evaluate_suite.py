@@ -164,7 +164,7 @@ def test_same_again_is_the_same_and_a_killed_evaluation_redoes_nothing(scenes, t
     assert [m.images for m in made] == [250, 250]
     made.clear()
     resumed = evaluate(config, opened(), *scenes, tmp_path / "a", QUIET)
-    assert [m.images for m in made] == [0, 0, 250]
+    assert [m.images for m in made] == [250]  # what is done is not even opened
     fresh = evaluate(config, opened(), *scenes, tmp_path / "b", QUIET)
     assert resumed.rows == fresh.rows
     for key, said in fresh.predictions.said.items():

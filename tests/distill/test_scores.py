@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from distill.errors import UserError
+from distill.evaluate.intervals import paired as paired_shares
 from distill.evaluate.scores import FEW, Score, ScoreBook, interval, paired, percent_right
 
 CONDITIONS = {"task": "flowers", "kind": "retrieval", "data": "flowers/val", "resolution": 224}
@@ -44,6 +45,21 @@ def test_pairing_sees_what_separate_intervals_cannot():
     assert found.value == pytest.approx(1, abs=0.3)
     assert found.interval[0] > 0
     assert found.interval[1] - found.interval[0] < (alone[1] - alone[0]) / 5
+
+
+def test_of_right_and_wrong_items_the_intervals_are_wilsons_and_tangos():
+    right, wrong = np.ones(50), np.r_[np.ones(49), 0.0]
+    low, high = interval(percent_right("map", right))
+    assert low < 95
+    assert high == 100
+    same = paired(percent_right("map", right), percent_right("map", right))
+    assert same.interval[0] < 0 < same.interval[1]
+    exact = paired_shares(right == 1, wrong == 1)
+    found = paired(percent_right("map", right), percent_right("map", wrong))
+    assert (found.value, found.interval) == (exact.difference, (exact.low, exact.high))
+    # Items that do not count (queries with nothing to find) are left out.
+    more = np.r_[np.stack([right, np.ones(50)], 1), np.zeros((10, 2))]
+    assert interval(Score("map", "percent", more)) == (low, high)
 
 
 def test_one_item_has_no_interval_and_none_that_counts_is_not_measured():

@@ -202,7 +202,7 @@ def test_qad_stands_beside_quantization_after_training(shown):
 def test_page_holds_every_part_and_can_be_read(page, run):
     text = words(page.text)
     for part in ("The fastest file on this machine", "What runs in which precision", "Quantization plans", "Accuracy budget", "Lint",
-                 "Pruning", "Trained for quantization", "Where quantization is not faster here"):  # fmt: skip
+                 "Pruning", "Trained for quantization", "Where quantization is not faster here, and why"):  # fmt: skip
         assert part in text
     assert len(page.all("caption")) == len(page.all("table"))
     assert all(a.get("scope") for a in page.all("th"))

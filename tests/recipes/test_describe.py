@@ -87,3 +87,12 @@ def test_a_teacher_that_is_not_loaded_yet_leaves_its_costs_open(tmp_path):
     text = printed(loaded(str(tmp_path / "brought.yaml")))
     assert "known once it is loaded" in text
     assert "open" in text.split("Memory")[1]
+
+
+def test_tasks_are_named_and_sets_that_would_be_fetched_too():
+    task = "{kind: classification, train: {kind: datasets, name: some/set}, test: scenes}"
+    said = printed(loaded("quickstart", f"evaluate.tasks.fine={task}"))
+    assert "classification" in said
+    assert "train: some/set, test: scenes" in said
+    assert "evaluate.tasks.fine.train (some/set) would have to be fetched first" in said
+    assert "Tasks of frozen features" not in printed(loaded("quickstart"))

@@ -60,6 +60,13 @@ GOOD: list[dict[str, Any]] = [
     {"input__size": 56, "input__resize": 64, "export__resolutions": [56]},
     {"data__test": None},
     {"name": "A9_x-y"},
+    {
+        "evaluate": {
+            "tasks": {"fine-1": {"kind": "classification", "train": "a", "test": "b"}},
+            "logistic": True,
+            "few_shot": [1],
+        }
+    },
 ]
 
 
@@ -111,6 +118,14 @@ BAD: list[tuple[dict[str, Any], dict[str, str]]] = [
             "distill.objectives.ibot": "must be 0 while teacher.train.objectives.ibot is",
             "students.small.control": "needs teacher.train.masks and mask_input",
         },
+    ),
+    (
+        {"evaluate": {"tasks": {n: {"kind": "classification", "train": "a", "test": "b"} for n in ("a/b", "main")}}},
+        {"evaluate.tasks.a/b": "names a task", "evaluate.tasks.main": "name the task otherwise"},
+    ),
+    (
+        {"evaluate": {"tasks": {"fine": {"kind": "classification", "train": "a", "test": "b", "ks": []}}}},
+        {"evaluate.tasks.fine.ks": "one or more"},
     ),
     ({"seed": -1}, {"seed": "at least 0"}),
     ({"seed": 2**31}, {"seed": "below 2^31"}),

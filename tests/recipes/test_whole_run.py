@@ -76,7 +76,7 @@ def finished(recipe, tmp_path_factory) -> Path:
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*.safetensors")) if "features" not in p.parts}
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*.safetensors")) if "cache" not in p.parts}
 
 
 def comparable(rows: list[Row]) -> list[dict]:
