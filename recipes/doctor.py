@@ -3,7 +3,9 @@
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ def _tried(name: str, trial: Callable[[], str], gives: str, remedy: str, needed:
     try:
         return Finding(name, True, trial(), gives, needed)
     except Exception as e:
-        missing = isinstance(e, ModuleNotFoundError) and e.name == name
+        missing = isinstance(e, ModuleNotFoundError) and e.name == name  # PackageNotFoundError is one too
         why = "not installed" if missing else f"does not work: {(str(e).splitlines() or [type(e).__name__])[0]}"
         return Finding(name, False, why, remedy, needed)
 
@@ -104,8 +106,12 @@ def _runtimes() -> Iterator[Finding]:
     yield _tried("tensorrt_rtx", versioned("tensorrt_rtx"), compiled, f"would give {compiled}: pip install tensorrt_rtx")
     full = "TensorRT engines for this machine's GPU"
     yield _tried("tensorrt", versioned("tensorrt"), full, f"would give {full}: pip install 'decant-vision[tensorrt]'")
-    idle = "nothing so far: no export target uses it yet"
-    yield _tried("openvino", versioned("openvino"), idle, idle)
+    served = "openvino targets, often the fastest on a CPU"
+    yield _tried("openvino", versioned("openvino"), served, f"would give {served}: pip install 'decant-vision[openvino]'")
+    page = "the page of `decant demo`"
+    yield _tried("gradio", partial(version, "gradio"), page, f"would give {page}: pip install 'decant-vision[demo]'")
+    videos = "evaluation on videos"
+    yield _tried("av", versioned("av"), videos, f"would give {videos}: pip install 'decant-vision[video]'")
 
 
 def _disk(folder: Path) -> Finding:

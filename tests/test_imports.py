@@ -10,7 +10,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("distill", "export", "recipes")  # each may import itself and those before it
-OPTIONAL = {"tensorrt", "tensorrt_rtx", "openvino", "nvidia"}  # imported inside functions only
+# imported inside functions only
+OPTIONAL = {"tensorrt", "tensorrt_rtx", "openvino", "nvidia", "gradio", "faiss", "av", "mlflow", "trackio", "tensorboard", "pynvml"}
+    "tensorrt",
+    "tensorrt_rtx",
+    "openvino",
+    "nvidia",
+    "gradio",
+    "faiss",
+    "av",
+    "mlflow",
+    "trackio",
+    "tensorboard",
+    "pynvml",
+}  # imported inside functions only
 
 Sources = dict[str, str]  # module name -> its text
 
