@@ -68,6 +68,7 @@ setup(
         "test": TEST,
         "demo": ["gradio>=6.0"],
         "video": ["av>=14"],
+        "nvml": ["nvidia-ml-py>=12"],  # clocks, throttling and energy of NVIDIA GPUs beside latencies
         "tensorboard": ["tensorboard>=2.18"],
         "tensorrt": ["tensorrt>=10.3"],  # fetches its libraries from the vendor's own index
         "openvino": ["openvino>=2025.0", "nncf>=2.13"],

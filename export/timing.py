@@ -1,4 +1,4 @@
-"""How one thing is timed honestly: waiting for GPUs, warm-up until settled, intervals over rounds, peak memory."""
+"""How one thing is timed honestly: waiting for GPUs, warm-up until settled, intervals over openings, load of others, peak memory."""
 
 import contextlib
 import ctypes
@@ -7,30 +7,42 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
-
-from distill.encoder import Encoder
+from scipy.special import stdtrit
 
 INTERVAL_NEEDS = 6  # rounds; a bootstrap over fewer is too narrow
+OPENINGS_NEEDED = 3  # an interval over two openings would be 13 standard errors wide
 RESAMPLES = 1000
 Verdict = Literal["FASTER", "SLOWER", "INCONCLUSIVE"]
 Clock = Callable[[], float]
-Rounds = dict[int, np.ndarray]  # number of the round -> seconds of its calls; a slow case has no part in the last rounds
+Rounds = dict[tuple[int, int], np.ndarray]  # (opening, round) -> seconds of its calls; a slow case has no part in the last ones
 
 
-def call(encoder: Encoder, images: Tensor, clock: Clock) -> float:
+class Runnable(Protocol):
+    """What is timed: an Encoder on images, or any graph on whatever it takes. `conditions` as of an Encoder."""
+
+    conditions: dict
+
+    def __call__(self, inputs: Any, /) -> object: ...
+
+
+def on_gpu(conditions: dict[str, Any]) -> bool:
+    """Whether a runtime works on a GPU: `device` is `cuda`, `cuda:0` or a GPU's name."""
+    return conditions.get("device", "cpu") != "cpu"
+
+
+def call(run: Runnable, inputs: Any, clock: Clock) -> float:
     """Seconds of one call. A GPU is waited for on both sides: when a call returns, its work may be queued and not done."""
-    device = str(encoder.conditions.get("device", "cpu"))
-    cuda = device.startswith("cuda") and torch.cuda.is_available()
+    cuda = on_gpu(run.conditions) and torch.cuda.is_available()
+    device = str(run.conditions["device"]) if cuda and str(run.conditions["device"]).startswith("cuda") else None
     if cuda:
         torch.cuda.synchronize(device)
     start = clock()
-    encoder(images)
+    run(inputs)
     if cuda:
         torch.cuda.synchronize(device)
     return clock() - start
@@ -41,19 +53,23 @@ def warm_up(once: Callable[[], float], limit: float) -> tuple[float, dict[str, A
 
     Returns seconds a call at the end, and the conditions warmup_calls and settled.
     """
-    taken, settled = [once()], False
-    while sum(taken) < limit and not settled:
+    taken, settled, look = [once()], False, 10
+    spent = taken[0]
+    while spent < limit and not settled:
         taken.append(once())
+        spent += taken[-1]
         window = max(5, len(taken) // 4)
-        if len(taken) >= 2 * window and sum(taken) > limit / 4:  # clocks stay low for a while at an even pace
+        if len(taken) >= look and spent > limit / 4:  # clocks stay low for a while at an even pace
+            look = len(taken) + max(1, len(taken) // 20)  # rarely: looking takes longer than a call of microseconds
             before, now = np.median(taken[-2 * window : -window]), np.median(taken[-window:])
             settled = bool(abs(now - before) <= 0.03 * before)
     return float(np.median(taken[-5:])), {"warmup_calls": len(taken), "settled": settled}
 
 
 # Every round counts the same, however many calls it had: a round that is slow holds fewer of them, and would otherwise
-# vanish. Intervals draw whole rounds, never single calls: the calls of one round share what else the machine did, and counting
-# them as independent would promise more than is known. A draw is held as how often each round was drawn, [draws, rounds].
+# vanish. Intervals inside one opening draw whole rounds, never single calls: the calls of one round share what else the machine
+# did, and counting them as independent would promise more than is known. A draw is held as how often each round was drawn,
+# [draws, rounds].
 
 
 def quantile(rounds: Sequence[np.ndarray], q: float) -> float:
@@ -70,24 +86,47 @@ def median_interval(rounds: Sequence[np.ndarray]) -> tuple[float, float] | None:
     return _interval(_quantiles(rounds, _draws(len(rounds)), 0.5)) if len(rounds) >= INTERVAL_NEEDS else None
 
 
-def mean_interval(rounds: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the mean; None with fewer than 6 rounds."""
-    if len(rounds) < INTERVAL_NEEDS:
-        return None
-    return _interval(_draws(len(rounds)) @ np.array([r.mean() for r in rounds]) / len(rounds))
+# What is opened twice differs from itself: weights lie elsewhere in memory, threads on other cores, and that stays until it is
+# closed. On a 2-core virtual machine with both cores taken one ONNX file differed from its twin by 6.5 % (median over 96 pairs, in
+# CPU time), and an interval over the 20 rounds of one opening called 57 to 64 % of the pairs different, widened by what one more
+# twin showed still 25 %. So everything is opened anew several times, and the openings are the sample: intervals are Student's, over
+# one value an opening, whatever the rounds inside have in common. That the highest level that varies must be repeated: T. Kalibera
+# and R. Jones, "Rigorous benchmarking in reasonable time", ISMM 2013, sections 3 and 6. `tests/benchmarks/aa.py` counts how often
+# equals are called different; tests/benchmarks/README.md has the figures.
 
 
 def ratio(a: Rounds, b: Rounds) -> tuple[float, tuple[float, float] | None]:
-    """How many times as long a takes as b, and its 95 % bootstrap interval (None with fewer than 6 rounds in common).
+    """How many times as long a takes as b, and its 95 % interval (None with fewer than 3 openings in common).
 
-    The median over rounds of the ratio of the two medians inside each round: what slows the machine for a while slows both
-    of a round, and cancels.
+    Inside each round the ratio of the two medians: what slows the machine for a while slows both, and cancels. Then the median over
+    the rounds of an opening, then the geometric mean over openings. Without a common round: (NaN, None).
     """
-    ratios = np.array([np.median(a[r]) / np.median(b[r]) for r in sorted(a.keys() & b.keys())])
-    if len(ratios) < INTERVAL_NEEDS:
-        return float(np.median(ratios)), None
-    drawn = np.random.default_rng(0).choice(ratios, size=(RESAMPLES, len(ratios)))
-    return float(np.median(ratios)), _interval(np.median(drawn, axis=1))
+    logs: dict[int, list[float]] = {}
+    for key in sorted(a.keys() & b.keys()):
+        logs.setdefault(key[0], []).append(float(np.log(np.median(a[key]) / np.median(b[key]))))
+    if not logs:
+        return float("nan"), None
+    values = [float(np.median(v)) for v in logs.values()]
+    return float(np.exp(np.mean(values))), _students(float(np.mean(values)), values)
+
+
+def opening_interval(
+    rounds: Rounds, statistic: Callable[[Sequence[np.ndarray]], float], value: float
+) -> tuple[float, float] | None:
+    """95 % interval of a positive statistic of the rounds around its `value`, by what it is in each opening; None below 3 openings."""
+    groups: dict[int, list[np.ndarray]] = {}
+    for (opening, _), seconds in sorted(rounds.items()):
+        groups.setdefault(opening, []).append(seconds)
+    return _students(float(np.log(value)), [float(np.log(statistic(g))) for g in groups.values()])
+
+
+def _students(centre: float, logs: list[float]) -> tuple[float, float] | None:
+    """exp of Student's 95 % interval of the mean of `logs`, laid around `centre`."""
+    n = len(logs)
+    if n < OPENINGS_NEEDED:
+        return None
+    half = float(stdtrit(n - 1, 0.975)) * float(np.std(logs, ddof=1)) / n**0.5
+    return float(np.exp(centre - half)), float(np.exp(centre + half))
 
 
 def _draws(rounds: int) -> np.ndarray:

@@ -166,7 +166,13 @@ def bench(
     Each file is opened five times, and everything takes turns. FASTER or SLOWER is said only when the whole 95 % interval of the ratio,
     widened by what a file shows against itself, lies on one side. A run is measured with its recipe's settings, without options.
     """
-    asked = {"--batch": batch, "--resolution": resolution, "--threads": threads, "--runtime": runtime, "--seconds": seconds}
+    asked: dict[str, Any] = {
+        "--batch": batch,
+        "--resolution": resolution,
+        "--threads": threads,
+        "--runtime": runtime,
+        "--seconds": seconds,
+    }
     asked |= {"--rounds": rounds, "--versus": versus, "--cuda-graph": cuda_graph, "--json": as_json, "--csv": as_csv}
     with sentences():
         from recipes.bench import bench_files, run_folder

@@ -29,6 +29,7 @@ class DenseHead:
     Attributes:
         name: of its task and file. kind: `segmentation` or `depth`. names: of the classes, where the file has them.
         values_K: what an output stands for: a class id, or metres.
+        of: of a run's head the file whose features it was trained on, such as `small-onnx-int8-224`; None where that is not known.
     """
 
     name: str
@@ -36,6 +37,11 @@ class DenseHead:
     logits: Logits
     names: list[str]
     values_K: np.ndarray | None
+    of: str | None = None
+
+    def reads(self, model: str) -> bool:
+        """Whether it was trained on this model's features (`small onnx-int8 224 px`), or may have been."""
+        return self.of is None or self.of == model.removesuffix(" px").replace(" ", "-").replace("teacher-(torch)", "teacher")
 
     def predict(self, look: Look, size: int) -> np.ndarray:
         """-> class ids [S, S] int64, or metres [S, S] float32.
@@ -74,7 +80,10 @@ def load_head(path: Path) -> DenseHead:
             raise ValueError(f"its kind is {about['kind']!r}, none of {', '.join(KINDS)}")
     except Exception as e:  # a file from elsewhere, and each reader has errors of its own
         raise UserError(f"{path} holds no head that can be shown ({first_line(e)}).") from e
-    return DenseHead(f"{task}{path.stem.removeprefix('head-')}", about["kind"], logits, list(about.get("names") or []), values)
+    name = path.stem.removeprefix("head-")
+    of = name.rpartition(".")[2] if task else None  # head-students.small-onnx-int8-224
+    of = "teacher" if of is not None and of.startswith("teacher-torch-") else of
+    return DenseHead(task.strip() or name, about["kind"], logits, list(about.get("names") or []), values, of)
 
 
 def linear_logits(path: Path) -> tuple[Logits, dict[str, Any], np.ndarray]:

@@ -219,12 +219,14 @@ def dense_tab(gr: Any, room: Room, seen: Any) -> dict[str, Any]:
         if state.look is None:
             return ""
         drawn, missing = [], []
-        for head in room.heads:
+        for head in (h for h in room.heads if h.reads(state.name)):
             try:
                 figure = views.dense_view(state.look, head)
                 drawn.append(replace(figure, caption=f"{head.name}. {figure.caption}"))
             except DecantError as e:
                 missing.append(said(str(e)))
+        if not drawn and not missing:
+            return said(f"No head here was trained on the features of {state.name}.")
         return figures(drawn) + "".join(missing)
 
     with gr.Tab("Maps"):

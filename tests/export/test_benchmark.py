@@ -19,10 +19,20 @@ from distill.progress import Progress
 from distill.rows import read_rows, write_rows
 from export import timing
 from export.artifact import Unrunnable
-from export.benchmark import BenchmarkConfig, Case, benchmark
+from export.bench_rows import comparison_rows
+from export.benchmark import BenchmarkConfig, Case, Timed, benchmark
 from export.fingerprint import fingerprint
 
 QUIET = Progress("quiet")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """As the command does: what was imported is no garbage, and the stopwatch collects often."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Clock:
@@ -138,23 +148,99 @@ def test_verdicts():
     assert floor.n == 2  # a pair a batch
 
 
-def test_the_noise_floor_silences_what_it_cannot_tell_apart():
-    """An artifact that is opened twice differs by 10 % from itself; a 5 % gain then means nothing, a 50 % gain does."""
-    clock = Clock()
+def test_what_differs_between_openings_is_not_called_a_difference():
+    """Each opening of anything is up to 10 % slower or faster until it is closed; a 3 % gain then means nothing, a 50 % gain does."""
+    clock, luck = Clock(), np.random.default_rng(3)
 
-    def reference(threads, opened=[]):  # noqa: B006
-        opened.append(1)
-        return FakeEncoder(clock, "onnx-fp32", 0.0044 if len(opened) == 3 else 0.004, jitter=0.001)  # the third is the twin
+    def opened(base):
+        return lambda threads: FakeEncoder(clock, "x", base * luck.uniform(0.9, 1.1), jitter=0.001)
 
     cases = [
-        Case("students/small", "onnx-fp32", 32, reference),
-        fake_case(clock, "onnx-int8", 0.0038, jitter=0.001),
-        fake_case(clock, "rtx-int8", 0.002, jitter=0.001),
+        Case("students/small", t, 32, opened(s)) for t, s in (("onnx-fp32", 4e-3), ("onnx-int8", 3.88e-3), ("rtx-int8", 2e-3))
     ]
     rows = benchmark(BenchmarkConfig(batches=[1], seconds=0.5, warmup_seconds=0.1), cases, QUIET, clock)
-    assert one(rows, "noise_floor_percent").value == pytest.approx(10, abs=0.5)
-    assert one(rows, "latency_ratio", target="onnx-int8").conditions["verdict"] == "INCONCLUSIVE"
-    assert one(rows, "latency_ratio", target="rtx-int8").conditions["verdict"] == "FASTER"
+    ratios = {r.target: r for r in find(rows, "latency_ratio")}
+    assert ratios["onnx-int8"].conditions["verdict"] == "INCONCLUSIVE"
+    assert ratios["rtx-int8"].conditions["verdict"] == "FASTER"
+    assert ratios["rtx-int8"].conditions["openings"] == 5
+
+
+def timed(target, seconds):
+    """What a case of constant time is timed as."""
+    case = Case("students/small", target, 32, lambda threads: None)
+    return Timed(case, 1, {}, {(o, 4 * o + r): np.full(3, seconds) for o in range(5) for r in range(4)})
+
+
+@pytest.mark.parametrize(("floor", "verdict"), [(0.1, "INCONCLUSIVE"), (0.04, "FASTER")])
+def test_the_noise_floor_widens_the_interval(floor, verdict):
+    (row,) = comparison_rows([timed("onnx-fp32", 0.004), timed("onnx-int8", 0.0038)], floor)
+    assert row.value == pytest.approx(0.95)
+    assert row.low == pytest.approx(0.95 / (1 + floor))
+    assert row.high == pytest.approx(0.95 * (1 + floor))
+    assert row.conditions["verdict"] == verdict
+    assert row.conditions["noise_floor_percent"] == pytest.approx(floor * 100)
+
+
+def test_a_base_may_be_chosen():
+    base = ("students/small", "onnx-int8")
+    (row,) = comparison_rows([timed("onnx-fp32", 0.004), timed("onnx-int8", 0.002)], 0.0, base)
+    assert (row.target, row.value, row.conditions["versus"]) == ("onnx-fp32", 2.0, "students/small/onnx-int8")
+
+
+def test_a_grid_of_threads():
+    clock, seen = Clock(), []
+
+    def opened(base):
+        def open_it(threads):
+            seen.append((threads, torch.get_num_threads()))
+            return FakeEncoder(clock, "x", base / threads)
+
+        return open_it
+
+    before = torch.get_num_threads()
+    cases = [
+        Case("s", t, 32, opened(b), size_bytes=1000, preprocess=None) for t, b in (("onnx-fp32", 0.008), ("onnx-int8", 0.002))
+    ]
+    config = BenchmarkConfig(batches=[1], seconds=0.5, warmup_seconds=0.1, threads=[1, 2])
+    rows = benchmark(config, cases, QUIET, clock)
+    assert set(seen) == {(1, 1), (2, 2)}
+    assert torch.get_num_threads() == before
+    assert len(find(rows, "size_mb", target="onnx-int8")) == 1
+    for threads in (1, 2):
+        assert one(rows, "latency_p50_ms", target="onnx-int8", threads=threads).value == pytest.approx(2 / threads, rel=0.02)
+        ratio = one(rows, "latency_ratio", target="onnx-int8", threads=threads)  # never across numbers of threads
+        assert ratio.value == pytest.approx(0.25, rel=0.03)
+        assert one(rows, "load_s", target="onnx-int8", threads=threads).n == 5
+    assert one(rows, "noise_floor_percent").n == 2
+    assert "threads" not in one(benchmark(CONFIG, cases[:1], QUIET, clock), "latency_p50_ms", batch=1).conditions
+
+
+def test_a_fixed_batch_says_so():
+    clock = Clock()
+    rows = benchmark(CONFIG, [fake_case(clock, "onnx-fp32", 0.01, case={"only_batch": 8})], QUIET, clock)
+    assert "fixed at 8" in str(one(rows, "latency_p50_ms", batch=1).reason)
+    assert one(rows, "latency_p50_ms", batch=8).status == "measured"
+
+
+def test_everything_is_opened_anew_in_another_order_and_closed_before():
+    clock, log, alive = Clock(), [], []
+
+    def opener(name):
+        def open_it(threads):
+            log.append((name, sum(ref() is not None for ref in alive)))
+            encoder = FakeEncoder(clock, name, 0.01)
+            alive.append(weakref.ref(encoder))
+            return encoder
+
+        return open_it
+
+    cases = [Case("s", t, 32, opener(t)) for t in ("onnx-fp32", "onnx-int8", "rtx-int8")]
+    benchmark(BenchmarkConfig(batches=[1], seconds=0.5, warmup_seconds=0.1), cases, QUIET, clock)
+    again = log[7:]  # each twice, and a twin
+    assert len(again) == 4 * 4
+    openings = [again[4 * i : 4 * i + 4] for i in range(4)]
+    assert all([n for _, n in o] == [0, 1, 2, 3] for o in openings)
+    assert len({tuple(name for name, _ in o) for o in openings}) > 1
 
 
 def test_the_noise_floor_is_of_what_others_are_compared_with():
@@ -233,7 +319,7 @@ def test_warm_up_waits_until_the_time_settles():
     clock = Clock()
     case = fake_case(clock, "onnx-fp32", 0.001, cold=30)
     (row,) = find(
-        benchmark(BenchmarkConfig(batches=[1], seconds=0.2, warmup_seconds=5.0), [case], QUIET, clock), "latency_p90_ms"
+        benchmark(BenchmarkConfig(batches=[1], seconds=0.2, warmup_seconds=10.0), [case], QUIET, clock), "latency_p90_ms"
     )
     assert row.conditions["warmup_calls"] > 30
     assert row.value < 1.2  # none of the ten times slower first calls was timed
@@ -388,17 +474,32 @@ def test_bootstrap_covers_the_median():
         inside += low <= 1.0 <= high
     assert 34 <= inside <= 40
     assert timing.median_interval(rounds[:5]) is None
-    low, high = timing.mean_interval(rounds)
-    assert low < np.mean(rounds) < high
-    twice = {r: 2 * s for r, s in enumerate(rounds)}
-    assert timing.ratio(twice, dict(enumerate(rounds))) == (2.0, (2.0, 2.0))
+    once = {(r // 4, r): s for r, s in enumerate(rounds)}
+    ratio, (low, high) = timing.ratio({k: 2 * s for k, s in once.items()}, once)
+    assert (ratio, low, high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_student_interval_over_openings():
+    """By hand: log ratios 0.1, 0.2, 0.3 have mean 0.2 and standard deviation 0.1; t(2, 97.5 %) is 4.3027."""
+    a = {(o, o): np.full(3, np.exp(0.1 * (o + 1))) for o in range(3)}
+    b = {key: np.ones(5) for key in a}
+    ratio, interval = timing.ratio(a, b)
+    assert ratio == pytest.approx(np.exp(0.2))
+    half = 4.302653 * 0.1 / 3**0.5
+    assert interval == pytest.approx((np.exp(0.2 - half), np.exp(0.2 + half)))
+    assert timing.ratio(dict(list(a.items())[:2]), b)[1] is None
+    assert np.isnan(timing.ratio(a, {})[0])
 
 
 def test_settings_that_cannot_be_right():
     assert BenchmarkConfig().problems() == []
-    bad = BenchmarkConfig(batches=[0, 0], seconds=0.0, rounds=2, warmup_seconds=-1.0, max_calls=1, threads=0, photo=[640])
+    bad = BenchmarkConfig(
+        batches=[0, 0], seconds=0.0, rounds=2, openings=2, warmup_seconds=-1.0, max_calls=1, threads=[2, 2], photo=[640]
+    )
     text = " ".join(bad.problems())
-    assert all(word in text for word in ("batches", "seconds", "rounds", "warmup_seconds", "max_calls", "threads", "photo"))
+    names = ("batches", "seconds", "rounds", "openings", "warmup_seconds", "max_calls", "threads", "photo")
+    assert all(word in text for word in names)
+    assert BenchmarkConfig(threads=[]).problems()
     assert BenchmarkConfig(batches=[]).problems()
 
 

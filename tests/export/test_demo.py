@@ -387,6 +387,20 @@ def test_heads_of_several_layers_and_damaged_ones_are_sentences(tmp_path):
             load_head(tmp_path / name)
 
 
+def test_a_runs_head_is_for_the_file_that_it_was_trained_on(tmp_path):
+    zeros = np.zeros(3, np.float32)
+    head = Head("depth", np.zeros((3, 3), np.float32), zeros, zeros, zeros, zeros, 1, False, [], 0.0)
+    names = {"students.small-onnx-int8-224": "small onnx-int8 224 px", "teacher-torch-fp32-224": "teacher (torch)"}
+    for owner, model in names.items():
+        path = tmp_path / "evaluate" / "tasks" / "rooms" / f"head-{owner}.safetensors"
+        head.save(path)
+        found = load_head(path)
+        assert found.name == "rooms"
+        assert [found.reads(m) for m in names.values()] == [m == model for m in names.values()]
+    head.save(tmp_path / "heads" / "head-rooms.safetensors")
+    assert load_head(tmp_path / "heads" / "head-rooms.safetensors").reads("anything")
+
+
 def test_an_onnx_head(tmp_path):
     ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, "n", w]) for n, w in (("patches", 3), ("logits", 2))]
     weight = numpy_helper.from_array(np.array([[1.0, 0], [0, 1], [0, 0]], np.float32), "w")
