@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
@@ -137,6 +137,11 @@ class Artifact(Config):
                 f"{self.path(entry)} was changed since it was exported (its sha256 differs from {NAME}); export again."
             )
         return data
+
+    def content_sha256(self, entry: ArtifactFile) -> str:
+        """What names a file's numbers: its hash, and for OpenVINO, whose .xml may be the same for other weights, that of the .bin too."""
+        beside = [e.sha256 for e in self.extras if e.path == str(PurePath(entry.path).with_suffix(".bin"))]
+        return hashlib.sha256("".join([entry.sha256, *beside]).encode()).hexdigest() if beside else entry.sha256
 
     def size_mb(self, resolution: int | None = None) -> float:
         """Megabytes (10^6 bytes) of one file."""

@@ -45,9 +45,26 @@ ALIASES = {
     "rmse": "rmse_m",
     "cosine": "cosine_min",
 }
-# What tells two rows of one metric, subject and target apart.
-APART = ("task", "resolution", "batch", "threads", "k", "shots", "alpha", "output", "source", "class_name")
-DATA = ("data_fingerprint", "gallery_fingerprint")
+# What tells two rows of one metric, subject and target apart; the second only where time is measured.
+APART = ("task", "resolution", "k", "shots", "alpha", "output", "source", "class_name")
+APART_IN_TIME = ("batch", "threads")
+# How something was measured. Where both runs say it and it differs, the numbers are of different things.
+PROTOCOL = (
+    *(
+        "min_depth",
+        "max_depth",
+        "mean_over",
+        "seed",
+        "foreground",
+        "threshold",
+        "frames",
+        "thresholds",
+        "layers",
+        "pooling",
+        "grid",
+    ),
+    *("temperature", "gallery_size", "protocol", "classes", "images", "measures"),
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,7 @@ class Comparison:
 
     Attributes:
         only_a, only_b: "metric of subject on target". notes: sentences on what makes the runs hard to compare.
+        lost: what the first run measured and the second did not: no gate on it is passed.
     """
 
     a: str
@@ -110,6 +128,7 @@ class Comparison:
     only_a: list[str]
     only_b: list[str]
     notes: list[str]
+    lost: list[Row] = field(default_factory=list)
 
 
 def read_side(path: Path) -> Side:
@@ -164,7 +183,8 @@ def compare(a: Side, b: Side) -> Comparison:
     same_machine = _same_machine(a.machine, b.machine)
     changes = [_change(a, b, mine[key], row, same_machine) for key, row in theirs.items() if key in mine]
     only_a, only_b = ([_named(r) for k, r in one.items() if k not in other] for one, other in ((mine, theirs), (theirs, mine)))
-    return Comparison(a.name, b.name, changes, only_a, only_b, _notes(a, b, changes, same_machine))
+    lost = [row for key, row in mine.items() if key not in theirs]
+    return Comparison(a.name, b.name, changes, only_a, only_b, _notes(a, b, changes, same_machine), lost)
 
 
 def _index(rows: Iterable[Row]) -> dict[tuple, Row]:
@@ -174,9 +194,22 @@ def _index(rows: Iterable[Row]) -> dict[tuple, Row]:
         if row.status == "measured" and row.metric in HIGHER | LOWER:
             # A k that was chosen by the run itself is a result; the k of a grid is a condition.
             chosen = row.metric in ("knn_top1", "video_knn_top1")
-            where = tuple((n, row.conditions[n]) for n in APART if n in row.conditions and not (n == "k" and chosen))
+            where = tuple((n, v) for n, v in _where(row).items() if not (n == "k" and chosen))
             found[(row.metric, row.subject, row.target, where)] = row
     return found
+
+
+def _where(row: Row) -> dict[str, Any]:
+    names = (*APART, *APART_IN_TIME) if row.metric in TIMED else APART
+    return {n: row.conditions[n] for n in names if n in row.conditions}
+
+
+def _data(row: Row) -> dict[str, Any]:
+    return {n: v for n, v in row.conditions.items() if n.endswith("_fingerprint")}
+
+
+def _other_protocol(a: Row, b: Row) -> list[str]:
+    return [n for n in PROTOCOL if n in a.conditions and n in b.conditions and a.conditions[n] != b.conditions[n]]
 
 
 def _named(row: Row) -> str:
@@ -186,15 +219,19 @@ def _named(row: Row) -> str:
 def _change(a: Side, b: Side, mine: Row, row: Row, same_machine: bool | None) -> Change:
     assert mine.value is not None
     assert row.value is not None
-    where = {n: row.conditions[n] for n in APART if n in row.conditions}
+    where = _where(row)
     low, high, how = _interval(a, b, mine, row)
     better = 1 if row.metric in HIGHER else -1
     verdict: Verdict
     if row.metric in TIMED and not same_machine:
         low = high = None
         verdict, how = "NOT COMPARED", "another machine" if same_machine is False else "the machine is not known"
-    elif any(mine.conditions.get(n) != row.conditions.get(n) for n in DATA):
+    elif _data(mine) != _data(row):
+        low = high = None
         verdict, how = "NOT COMPARED", "other data"
+    elif other := _other_protocol(mine, row):
+        low = high = None
+        verdict, how = "NOT COMPARED", f"other {', '.join(other)}"
     elif low is None or high is None:
         gain = better * (row.value - mine.value)
         certain = how == "exact"
@@ -250,8 +287,7 @@ def _paired_scores(a: Side, b: Side, row: Row) -> tuple[float, float] | None:
     key = f"{c['task']}/{row.subject}/{row.target}@{c.get('resolution')}/{row.metric}{extra}"
     if key not in a.scores.stats or key not in b.scores.stats:
         return None
-    same = all(a.scores.about[key].get(n) == b.scores.about[key].get(n) for n in DATA)
-    if not same or a.scores.stats[key].shape != b.scores.stats[key].shape:
+    if a.scores.stats[key].shape != b.scores.stats[key].shape:
         return None
     return paired_scores(b.scores.score(key), a.scores.score(key)).interval
 
@@ -332,12 +368,12 @@ class Gate:
             )
         return Gate(text, metric, found["who"], at_least, float(found["bound"]), bool(found["unit"]))
 
-    def covers(self, change: Change) -> bool:
-        if change.metric != self.metric:
+    def covers(self, number: "Change | Row") -> bool:
+        if number.metric != self.metric:
             return False
         if self.who is None:
-            return change.subject.split("/")[0] in ("teacher", *SHIPPED)
-        return self.who in (change.subject, f"{change.subject}/{change.target}")
+            return number.subject.split("/")[0] in ("teacher", *SHIPPED)
+        return self.who in (number.subject, f"{number.subject}/{number.target}")
 
 
 @dataclass(frozen=True)
@@ -360,7 +396,9 @@ def judge(comparison: Comparison, gates: Sequence[Gate], strict: bool = False) -
     for gate in gates:
         covered = [c for c in comparison.changes if gate.covers(c)]
         found += [_judged(gate, c, strict) for c in covered]
-        if not covered:
+        lost = [row for row in comparison.lost if gate.covers(row)]
+        found += [Judged(gate, None, False, f"the second run has no {_named(row)}, which the first has") for row in lost]
+        if not covered and not lost:
             found.append(Judged(gate, None, False, "neither run has such a number in common with the other"))
     return found
 

@@ -88,7 +88,7 @@ class _Graph:
         node.input[:] = [
             self.constant(f"{name}_int8", ints),
             self.constant(f"{name}_scale", scale.astype(np.float32)),
-            self.constant(f"zeros_{len(scale)}", zeros),
+            self.constant(f"{name}_zero", zeros),
         ]
 
     def float_convolution(self, node: NodeProto) -> None:

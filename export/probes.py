@@ -22,7 +22,7 @@ from distill.models.kinds import AnyBackbone
 from export.artifact import Artifact
 from export.nodes import INPUT, OUTPUTS, constants, element_types, serialize
 from export.rounded import rounded
-from export.sessions import quiet_options
+from export.sessions import exact_session
 from export.typed import layer_nodes
 
 STREAM = re.compile(r"(net\.)?blocks\.\d+")
@@ -73,8 +73,7 @@ class OnnxProbe:
         return dict(zip(key, found, strict=True))
 
     def _session(self, tensors: tuple[str, ...]) -> onnxruntime.InferenceSession:
-        model, options = serialize(tapped(self.model, tensors)), quiet_options(self.threads)
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return exact_session(serialize(tapped(self.model, tensors)), self.threads)
 
 
 class OpenVinoProbe:

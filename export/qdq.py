@@ -197,7 +197,9 @@ def _quantize_weight(
     if block is not None:
         attributes = {"axis": 0, "block_size": block}
     else:
-        given.append(edit.constant(f"zeros_{grid.name}_{len(scale)}", np.zeros(len(scale), STORED[grid.name])))
+        # Each weight its own zero point: ONNX Runtime without VNNI cannot take exact products otherwise (export/sessions.py), and without a
+        # zero point it does not fuse.
+        given.append(edit.constant(f"{name}_zero", np.zeros(len(scale), STORED[grid.name])))
     edit.before[key].append(helper.make_node("DequantizeLinear", given, [f"{name}_dq"], name=f"{name}_dq", **attributes))
     node.input[1] = f"{name}_dq"
     wide = scale.astype(np.float64)

@@ -14,7 +14,7 @@ from distill.errors import EnvironmentFailed, UserError
 from export.artifact import Artifact, ArtifactFile, Unrunnable, read_artifact
 from export.engine import collecting_log, gpu_capability, load_runtime, one_line
 from export.nodes import INPUT, OUTPUTS
-from export.sessions import quiet_options
+from export.sessions import exact_session, usual_session
 
 __all__ = [
     "Engine",
@@ -117,6 +117,11 @@ def _checked(images: Tensor, entry: ArtifactFile) -> Tensor:
     return images.detach().float().contiguous()
 
 
+def made_here(target: str) -> bool:
+    """Whether our quantizer made it: files of other tools are run as their users would, at ONNX Runtime's defaults."""
+    return target.count("-") < 2
+
+
 class OnnxEncoder:
     """An ONNX artifact in onnxruntime: on a CUDA GPU where onnxruntime has one and `threads` is None, else on the CPU."""
 
@@ -128,11 +133,10 @@ class OnnxEncoder:
         providers = [*(["CUDAExecutionProvider"] if cuda else []), "CPUExecutionProvider"]
         count = threads or available_cores()
         data = artifact.content(entry)
+        opened = exact_session if made_here(artifact.target) else usual_session
         try:
-            self.session = onnxruntime.InferenceSession(data, quiet_options(count), providers=providers)
-        except (
-            Exception
-        ) as e:  # onnxruntime's exceptions have no common base; the bytes are the exported ones, so it is the runtime
+            self.session = opened(data, count, providers)
+        except Exception as e:  # its exceptions have no common base; the bytes are the exported ones, so it is the runtime
             raise Unrunnable(f"onnxruntime {onnxruntime.__version__} cannot load {entry.path}: {one_line(e)}") from e
         on_gpu = self.session.get_providers()[0] == "CUDAExecutionProvider"  # it falls back to the CPU without an error
         device = torch.cuda.get_device_name(0) if on_gpu else "cpu"

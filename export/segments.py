@@ -9,10 +9,10 @@ layer so far has its quantized input and weight.
 from collections.abc import Iterator
 
 import numpy as np
-import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from export.nodes import INPUT, element_types, serialize, set_constants
+from export.sessions import exact_session
 
 LIVE_BYTES = 2**31  # of all images together; more images than fit are left out
 PIECE_BYTES = 2**27  # of one piece's outputs in one run
@@ -86,7 +86,7 @@ class Piece:
         self.needed, self.outputs = needed, outputs
         self.session = None
         if outputs:
-            self.session = onnxruntime.InferenceSession(data, _options(), providers=["CPUExecutionProvider"])
+            self.session = exact_session(data, spinning=False)
 
     def run(self, live: dict[str, np.ndarray], fed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The piece's outputs from the values that are alive and those that are fed."""
@@ -113,10 +113,3 @@ class Walk:
 
     def nbytes(self) -> int:
         return sum(v.nbytes for live in self.chunks for v in live.values())
-
-
-def _options() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # between short pieces threads would burn the CPU
-    return options

@@ -11,6 +11,7 @@ from PIL import Image
 from distill.data.sources import Source, checked
 from distill.errors import UserError
 from distill.evaluate.dense_head import Head, predict_item
+from distill.evaluate.features import TooLarge
 from distill.evaluate.reader import ImageSets, Subject, SubjectReader
 from distill.evaluate.retrieval import clean
 from distill.evaluate.split import align
@@ -71,14 +72,19 @@ class _Shown:
         found: dict[str, list[list[np.ndarray]]] = {}
         right: dict[str, list[list[bool]]] = {}
         for subject in self.subjects:
-            with self.reader(subject) as reader:
-                known = torch.nn.functional.normalize(clean(reader.read(gallery).cls[-1])[split.gallery], dim=1)
-                queries = torch.nn.functional.normalize(clean(reader.read(test).cls[-1])[split.test[asked]], dim=1)
+            try:
+                with self.reader(subject) as reader:
+                    known = torch.nn.functional.normalize(clean(reader.read(gallery).cls[-1])[split.gallery], dim=1)
+                    queries = torch.nn.functional.normalize(clean(reader.read(test).cls[-1])[split.test[asked]], dim=1)
+            except (Unfit, Unrunnable, TooLarge):
+                continue
             nearest = (queries @ known.T).topk(min(NEIGHBOURS, len(known)), dim=1).indices
             label = label_of(subject.subject, subject.target)
             found[label] = [[_small(gallery.image(int(split.gallery[j]))) for j in row] for row in nearest]
             truth = split.test_labels[asked]
             right[label] = [(split.gallery_labels[row] == t).tolist() for row, t in zip(nearest, truth, strict=True)]
+        if not found:
+            return None
         return retrieval_panel("Nearest neighbours", [_small(test.image(int(split.test[i]))) for i in asked], found, right)
 
     def maps(self, name: str, task: Any, source: Any) -> Panel | None:
@@ -90,7 +96,7 @@ class _Shown:
                 head = Head.load(head_path(self.folder, name, subject))
                 with self.reader(subject) as reader:
                     stored = reader.read(source, patches=True, layers=head.layers, fit="squash")
-            except (UserError, Unfit, Unrunnable):
+            except (UserError, Unfit, Unrunnable, TooLarge):
                 continue  # the rows say why
             maps = [predict_item(head, stored, i, t.shape) for i, t in zip(index, truth, strict=True)]
             predicted[label_of(subject.subject, subject.target)] = maps

@@ -213,7 +213,7 @@ def _artifacts(r: Recipe, run: Path) -> list[Any]:
             artifact.target,
             partial(open_artifact, artifact, entry.resolution),
             Preprocess.from_json(entry.preprocess),
-            entry.sha256,
+            artifact.content_sha256(entry),
         )
         for student, subject in r.subjects().items()
         for artifact in artifacts_of(r, run, student)

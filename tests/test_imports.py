@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("distill", "export", "recipes")  # each may import itself and those before it
 # imported inside functions only
-OPTIONAL = {"tensorrt", "tensorrt_rtx", "openvino", "nvidia", "gradio", "faiss", "av", "mlflow", "trackio", "tensorboard", "pynvml"}
+OPTIONAL = {
     "tensorrt",
     "tensorrt_rtx",
     "openvino",
@@ -23,7 +23,7 @@ OPTIONAL = {"tensorrt", "tensorrt_rtx", "openvino", "nvidia", "gradio", "faiss",
     "trackio",
     "tensorboard",
     "pynvml",
-}  # imported inside functions only
+}
 
 Sources = dict[str, str]  # module name -> its text
 

@@ -36,6 +36,9 @@ class Encoded(Protocol):
     def fingerprint(self, rows: np.ndarray) -> str:
         """Hash of the content of these rows, wherever it lies."""
 
+    def shared(self, rows: np.ndarray, other: "Encoded", theirs: np.ndarray) -> int:
+        """How many of `theirs`, rows of `other`, are also among `rows` of this store, as far as that is cheap to know."""
+
 
 UNTRIED, GOOD, BAD = 0, 1, 2
 
@@ -91,6 +94,11 @@ class ImageSource:
                 :16
             ]
         return self._fingerprint
+
+    def shared_with(self, other: Any) -> int:
+        """How many images of `other` are images of this source too: of files by their content, of tables by row. 0 where one is of files
+        and the other of a table, or tables hold different files: that would mean to read them all."""
+        return self.encoded.shared(self.order, other.encoded, other.order) if isinstance(other, ImageSource) else 0
 
     def image(self, index: int, shorter_side: int | None = None) -> Image.Image:
         """Item `index` as RGB, or its stand-in (see the class). `shorter_side` as in `decode`.

@@ -1,13 +1,16 @@
 """Image files in folders: which there are, a store of them (see encoded.py), and what identifies their content."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
+from distill.data.paths import content_hash
 from distill.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -65,6 +68,47 @@ class FolderImages:
         """Names, sizes, and the first and last 2 KiB of each file: quick, and equal for a copy."""
         return files_fingerprint((self.paths[row].as_py(), self[row]) for row in rows.tolist())
 
+    def shared(self, rows: np.ndarray, other: Any, theirs: np.ndarray) -> int:
+        """How many files of another folder's rows have the same content as one of these rows."""
+        if not isinstance(other, FolderImages):
+            return 0
+        return same_files([self[row] for row in rows.tolist()], [other[row] for row in theirs.tolist()])
+
+
+def same_files(mine: list[Path], theirs: list[Path]) -> int:
+    """How many of `theirs` have the same content as one of `mine`, whatever their names.
+
+    Sizes are compared first, then both ends of what is left, then whole files: sets that share nothing are hardly read.
+    """
+    for key in (lambda p: p.stat().st_size, _ends, content_hash):
+        ours, others = _keys(mine, key), _keys(theirs, key)
+        common = set(ours.values()) & set(others.values())
+        mine, theirs = ([p for p in files if keys.get(p) in common] for files, keys in ((mine, ours), (theirs, others)))
+    return len(theirs)
+
+
+def _keys(files: list[Path], key: Callable[[Path], Any]) -> dict[Path, Any]:
+    found = {}
+    for path in files:
+        with suppress(OSError):  # a bad image like any other
+            found[path] = key(path)
+    return found
+
+
+def _ends(path: Path) -> tuple[int, bytes]:
+    """Size and sha256 of the first and last 2 KiB."""
+    with open(path, "rb") as f:
+        size, ends = _size_and_ends(f)
+    return size, sha256(ends).digest()
+
+
+def _size_and_ends(f: BinaryIO) -> tuple[int, bytes]:
+    size, ends = os.fstat(f.fileno()).st_size, f.read(2048)
+    if size > 2048:
+        f.seek(-2048, os.SEEK_END)
+        ends += f.read(2048)
+    return size, ends
+
 
 def files_fingerprint(files: Iterable[tuple[bytes, Path]]) -> str:
     """sha256 of (name, file) pairs by names, sizes and both ends (2 KiB each) of the files."""
@@ -72,11 +116,7 @@ def files_fingerprint(files: Iterable[tuple[bytes, Path]]) -> str:
     for name, path in files:
         try:
             with open(path, "rb") as f:
-                size = os.fstat(f.fileno()).st_size
-                ends = f.read(2048)
-                if size > 2048:
-                    f.seek(-2048, os.SEEK_END)
-                    ends += f.read(2048)
+                size, ends = _size_and_ends(f)
         except OSError:  # a bad image like any other; that it is unreadable is its content
             size, ends = -1, b""
         total.update(b"%d %d %d " % (len(name), size, len(ends)) + name + ends)

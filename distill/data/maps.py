@@ -7,6 +7,7 @@ Shape legend: H W pixels of an image.
 """
 
 import os
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -273,7 +274,7 @@ class FolderMapsConfig(_Maps):
     maps: str = "masks"
 
     def build(self) -> EncodedMaps:
-        """Raises: UserError: no such folder, no images in it, or an image without a map."""
+        """Raises: UserError: no such folder, no images in it, an image without a map, or two files of one name in a folder."""
         root = Path(self.path).expanduser().absolute()
         images, maps = root / self.images, root / self.maps
         for folder in (images, maps):
@@ -282,10 +283,15 @@ class FolderMapsConfig(_Maps):
         paths = list(image_files(str(images)))
         if not paths:
             raise UserError(f"{images} holds no images, nor do its sub-folders. Name another.")
-        of = {
-            f.relative_to(maps).with_suffix("").as_posix(): f for f in sorted(maps.rglob("*")) if f.suffix.lower() in SUFFIXES
-        }
-        partners = [of.get(os.path.splitext(p)[0]) for p in paths]
+        images_of = _by_name(paths)
+        maps_of = _by_name(f.relative_to(maps).as_posix() for f in sorted(maps.rglob("*")) if f.suffix.lower() in SUFFIXES)
+        for of, folder, what, other in ((images_of, images, "images", "map"), (maps_of, maps, "maps", "image")):
+            if twice := [files for name, files in of.items() if len(files) > 1 and name in images_of]:
+                raise UserError(
+                    f"{' and '.join(twice[0])} in {folder} are {what} of one name, so that it is open which has the {other} of that name. "
+                    f"Rename or remove all but one ({len(twice):,} such names)."
+                )
+        partners = [maps_of.get(os.path.splitext(p)[0]) for p in paths]
         alone = [p for p, partner in zip(paths, partners, strict=True) if partner is None]
         if alone:
             kinds = " ".join(s[1:] for s in SUFFIXES)
@@ -293,8 +299,16 @@ class FolderMapsConfig(_Maps):
                 f"{len(alone):,} of {len(paths):,} images in {images} have no map of the same name in {maps} ({kinds}), such as "
                 f"{alone[0]}. Add the maps or take these images out."
             )
-        found = [p.relative_to(maps).as_posix() for p in partners if p is not None]
+        found = [p[0] for p in partners if p is not None]
         return self.source(root.name, FolderImages(images, paths), FolderImages(maps, found), None)
+
+
+def _by_name(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Relative paths by what they are without their suffix."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found.setdefault(os.path.splitext(path)[0], []).append(path)
+    return found
 
 
 class SceneMapsConfig(ScenesConfig):

@@ -8,7 +8,7 @@ solve it; it says nothing about natural images.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -92,6 +92,13 @@ class ScenesSource:
 
     def fingerprint(self) -> str:
         return sha256_json({"generator": GENERATOR, **self.config.model_dump()})[:16]
+
+    def shared_with(self, other: Any) -> int:
+        """How many scenes of `other` are scenes of this source too, be it at another size."""
+        if not isinstance(other, ScenesSource):
+            return 0
+        same = (self.config.seed, self.config.split) == (other.config.seed, other.config.split)
+        return min(len(self), len(other)) if same else 0
 
     def image(self, index: int) -> Image.Image:
         if index not in self._images:

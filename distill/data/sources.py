@@ -51,8 +51,10 @@ class Source(Protocol):
 
 
 def checked(source: Source, progress: Progress | None = None) -> Source:
-    """The source to evaluate on: without items that cannot be read or, in a labelled set, lack a label."""
-    return source.checked(progress) if isinstance(source, ImageSource) else source
+    """The source to evaluate on: without items that cannot be read or, in a labelled set, lack a label. As the kind of source does it: what
+    is rendered is always readable."""
+    own = getattr(source, "checked", None)
+    return source if own is None else own(progress)
 
 
 def skipped_summary(source: "Source | StreamingSource") -> str:

@@ -36,6 +36,12 @@ class ArrowImages:
     def fingerprint(self, rows: np.ndarray) -> str:
         return sha256_json({**self.content, "image": self.column})
 
+    def shared(self, rows: np.ndarray, other: Any, theirs: np.ndarray) -> int:
+        """How many of another table's rows are among these rows: those of the same number, where both show the same files."""
+        if not isinstance(other, ArrowImages) or len(self) != len(other):
+            return 0
+        return int(np.isin(theirs, rows).sum()) if self.fingerprint(rows) == other.fingerprint(theirs) else 0
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             "table": self.table,

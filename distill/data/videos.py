@@ -3,7 +3,9 @@
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from distill.config import Config
 from distill.data.encoded import seeded_order
+from distill.data.folders import same_files
 from distill.data.paths import content_hash, missing
 from distill.errors import EnvironmentFailed, UserError
 from distill.files import sha256_json
@@ -89,15 +92,17 @@ class Videos:
         return sha256_json({"videos": parts, "classes": self.classes})[:16]
 
     def checked(self, progress: Progress | None = None) -> "Videos":
-        """Without the files that give no frame.
+        """Without the files that cannot be decoded from beginning to end.
 
         Raises:
-            UserError: none gives any. EnvironmentFailed: PyAV is not installed.
+            UserError: none can. EnvironmentFailed: PyAV is not installed.
         """
         pyav()
         reasons: dict[int, str] = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shown = (progress or Progress("quiet")).task(f"check {self.name}", len(self), unit="videos")
+        with ThreadPoolExecutor(os.cpu_count()) as pool, shown as task:
             for i, reason in enumerate(pool.map(_problem, self.files)):
+                task.advance()
                 if reason:
                     reasons[i] = f"{self.files[i].relative_to(self.root)}: {reason}"
         if not reasons:
@@ -110,6 +115,10 @@ class Videos:
                 f"{len(reasons)} of {len(self)} videos of {self.name} were left out ({next(iter(reasons.values()))}).", True
             )
         return Videos(self.name, left, self.root, list(reasons.values()), self.classes)
+
+    def shared_with(self, other: Any) -> int:
+        """How many clips of `other` have the same content as one of these."""
+        return same_files(self.files, other.files) if isinstance(other, Videos) else 0
 
     def frames(self, each: int) -> "Frames":
         return Frames(self, each)
@@ -139,11 +148,17 @@ class Frames:
         return sha256_json({"frames": self.each, "of": self.videos.fingerprint()})[:16]
 
     def image(self, index: int) -> Image.Image:
+        """Raises: UserError: the clip cannot be decoded (see `Videos.checked`)."""
         clip, j = divmod(index, self.each)
         with self._lock:
             found = self._clips.get(clip)
         if found is None:
-            found = read_frames(self.videos.files[clip], self.each)
+            file = self.videos.files[clip]
+            try:
+                found = read_frames(file, self.each)
+            except BadVideo as e:
+                where = file.relative_to(self.videos.root)
+                raise UserError(f"{self.videos.name}: {where}: {e}. Repair the video or leave it out.") from e
             with self._lock:
                 self._clips[clip] = found
                 while len(self._clips) > KEPT:
@@ -159,32 +174,36 @@ def read_frames(path: Path, n: int) -> list[Image.Image]:
     Raises:
         BadVideo: no frame can be decoded.
     """
-    av = pyav()
-    try:
-        with av.open(str(path)) as container:
-            total = sum(1 for _ in container.decode(video=0))
-        if total == 0:
-            raise BadVideo("it holds no frame")
-        wanted = [int((j + 0.5) * total / n) for j in range(n)]
-        found: dict[int, Image.Image] = {}
-        with av.open(str(path)) as container:
-            for i, frame in enumerate(container.decode(video=0)):
-                if i in wanted:
-                    found[i] = frame.to_image().convert("RGB")
+    av, total = pyav(), count_frames(path)
+    wanted = [int((j + 0.5) * total / n) for j in range(n)]
+    with _explained(), av.open(str(path)) as container:
+        found = {i: f.to_image().convert("RGB") for i, f in enumerate(container.decode(video=0)) if i in wanted}
         return [found[i] for i in wanted]
-    except (av.error.FFmpegError, IndexError, KeyError, ValueError, OSError) as e:
+
+
+def count_frames(path: Path) -> int:
+    """How many frames a clip has, by decoding all of them. Raises: BadVideo: none, or decoding stops on the way."""
+    av = pyav()
+    with _explained(), av.open(str(path)) as container:
+        if total := sum(1 for _ in container.decode(video=0)):
+            return total
+    raise BadVideo("it holds no frame")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except (pyav().error.FFmpegError, IndexError, KeyError, ValueError, OSError) as e:
         raise BadVideo(str(e).splitlines()[0] if str(e) else type(e).__name__) from e
 
 
 def _problem(path: Path) -> str | None:
+    """Why a clip cannot be used; a file whose end is missing often begins well."""
     try:
-        av = pyav()
-        with av.open(str(path)) as container:
-            next(container.decode(video=0))
-    except StopIteration:
-        return "it holds no frame"
-    except (av.error.FFmpegError, IndexError, ValueError, OSError) as e:
-        return str(e).splitlines()[0] if str(e) else type(e).__name__
+        count_frames(path)
+    except BadVideo as e:
+        return str(e)
     return None
 
 

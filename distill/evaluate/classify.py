@@ -25,6 +25,8 @@ from distill.evaluate.split import Split, align
 from distill.evaluate.task import Reader, Stored, Unfit, Unscored
 from distill.progress import Progress
 
+WIDEST = 4096  # numbers of an image that logistic regression is done for
+
 
 class ClassifyConfig(Config):
     """How frozen features are asked for classes.
@@ -122,7 +124,14 @@ def classify(config: ClassifyConfig, reader: Reader, split: Split, gallery: Sour
         reason = "The features hold NaN or infinity: fewer than two classes of the gallery are left."
         return [Answer(metric, reason=reason, conditions=lost) for metric in config.headlines()]
     asked = {"knn_top1": _knn, "linear_top1": _linear, "logistic_top1": _logistic, "few_shot_top1": _few_shot}
-    answers = [a for name in config.headlines() for a in asked[name](config, finite, split)]
+    answers = []
+    for name in config.headlines():
+        # Raw pixels of large images: L-BFGS would take hours.
+        if name in ("logistic_top1", "few_shot_top1") and (width := finite.gallery[-1].cls.shape[1]) > WIDEST:
+            reason = f"Each image has {width:,} numbers, and logistic regression is done for at most {WIDEST:,}."
+            answers.append(Answer(name, reason=reason))
+        else:
+            answers += asked[name](config, finite, split)
     return [replace(a, conditions=lost | a.conditions) for a in answers]
 
 
@@ -303,6 +312,4 @@ class ClassificationTask(ClassifyConfig):
 
 def split_conditions(split: Split, config: ClassifyConfig) -> dict[str, Any]:
     """What every row says about the images that were learned from and asked."""
-    conditions: dict[str, Any] = {"gallery_size": len(split.gallery), "classes": split.classes(), "seed": config.seed}
-    conditions |= {"shots": config.shots} if config.shots else {}
-    return conditions | ({"test_left_out": split.left_out} if split.left_out else {})
+    return split.conditions() | {"seed": config.seed} | ({"shots": config.shots} if config.shots else {})

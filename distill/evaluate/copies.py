@@ -29,7 +29,8 @@ class CopyDetectionTask(Config):
     Attributes:
         data: a labelled set; images of one label are copies of each other.
         distractors: further images that are copies of nothing.
-        features: `cls`, or `cls+mean_patch`: both normalised, one after the other, as DINO's copy detection has it (arXiv 2104.14294).
+        features: `cls`, or `cls+mean_patch`: both normalised, one after the other. DINO's copy detection (arXiv 2104.14294) has GeM pooling
+            (p = 4) of the patches and whitening instead: here it is their plain mean, not whitened.
         ks: of recall at k.
     """
 
@@ -60,9 +61,10 @@ class CopyDetectionTask(Config):
         if "distractors" in sources:
             more = self._read(reader, sources["distractors"])
             database, of = torch.cat([queries, more]), torch.cat([groups, groups.new_full((len(more),), -1)])
-        found = rank(queries, database, groups, of, torch.arange(len(queries))).scores(self.ks)
-        conditions = {"features": self.features, "thresholds": THRESHOLDS}
-        return [*found, Score("micro_ap", "micro_ap", pair_counts(queries, database, groups, of), conditions)]
+        about = {"features": self.features, "pooling": "mean, not whitened" if "mean_patch" in self.features else "none"}
+        found = rank(queries, database, groups, of, torch.arange(len(queries))).scores(self.ks, **about)
+        pairs = pair_counts(queries, database, groups, of)
+        return [*found, Score("micro_ap", "micro_ap", pairs, {**about, "thresholds": THRESHOLDS})]
 
     def _read(self, reader: Reader, source: Any) -> Tensor:
         stored = reader.read(source)

@@ -22,6 +22,7 @@ from distill.runtime import cpu_threads
 
 SLICE = 2**24  # numbers of a slice that is made float32: 64 MiB
 MOMENTUM = 0.9
+NOT_FINITE = "The features hold NaN or infinity (patches are kept as float16, in which a number above 65,504 becomes infinity)."
 
 
 class Tokens:
@@ -69,7 +70,7 @@ class Tokens:
             square += x.square().sum(0, dtype=torch.float64)
             count += len(x)
         if not square.isfinite().all():
-            raise Unfit("The patch features hold NaN or infinity.")
+            raise Unfit(NOT_FINITE)
         mean = total / count
         std = (square / count - mean.square()).clamp(min=0).sqrt()
         mean = mean + origin

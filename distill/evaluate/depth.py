@@ -23,8 +23,8 @@ from distill.data.maps import MapsConfig, MapSource, SceneMapsConfig
 from distill.evaluate.dense_fit import FitSettings, Tokens, cosines, fit, histograms
 from distill.evaluate.dense_head import Head, predict_item
 from distill.evaluate.scores import Score
-from distill.evaluate.segmentation import head_problems, readable
-from distill.evaluate.task import Reader
+from distill.evaluate.segmentation import apart, head_problems, readable
+from distill.evaluate.task import Reader, Unfit
 from distill.progress import Progress
 
 SMOOTH = 32  # cosines over the bins that logits are made of
@@ -56,13 +56,13 @@ class DepthTask(Config):
     seed: int = 0
 
     def problems(self) -> list[str]:
-        found = head_problems(self.layers, self.lrs, self.steps, self.batch)
+        """Of the task itself: what is wrong in `train` and `test`, their own `problems` say."""
+        found = head_problems(self.layers, self.lrs, self.steps, self.batch, self.seed)
         if not 0 < self.min_depth < self.max_depth < float("inf"):
             found.append(f"min_depth must be above 0 and below max_depth, got {self.min_depth} and {self.max_depth}")
         if self.bins < 2:
             found.append(f"bins must be at least 2, got {self.bins}")
         for role, maps in (("train", self.train), ("test", self.test)):
-            found += [f"{role}: {p}" for p in maps.problems()]
             if maps.map != "depth" if isinstance(maps, SceneMapsConfig) else maps.scale is None:
                 key = "map: depth" if isinstance(maps, SceneMapsConfig) else "a scale (metres of one unit of its maps)"
                 found.append(f"{role} needs {key}")
@@ -80,6 +80,7 @@ class DepthTask(Config):
     def fit(self, reader: Reader, sources: dict[str, Any], progress: Progress) -> Head:
         """A head trained on `sources["train"]`. Raises: Unfit, with the sentence why."""
         source: MapSource = sources["train"]
+        apart(sources)
         stored = reader.read(source, patches=True, layers=self.layers, fit="squash")
         assert stored.patches is not None
         with progress.task(f"depths of {source.name}", len(source), unit="images") as task:
@@ -122,12 +123,13 @@ class DepthTask(Config):
     def scores(self, head: Head, reader: Reader, sources: dict[str, Any], progress: Progress) -> list[Score]:
         """A head judged on `sources["test"]`."""
         source: MapSource = sources["test"]
-        stored = readable(reader.read(source, patches=True, layers=head.layers, fit="squash"))
-        errors, constant = [], []
+        stored = readable(reader.read(source, patches=True, layers=head.layers, fit="squash"), cls=head.cls)
+        errors, constant, there = [], [], np.zeros(len(source))
         with progress.task(f"depth of {source.name}", len(source), unit="images") as task:
             for i in range(len(source)):
                 metres = source.map(i)
                 valid = self._valid(metres)
+                there[i] = valid.any()
                 errors.append(depth_errors(metres[valid], predict_item(head, stored, i, metres.shape)[valid]))
                 constant.append(depth_errors(metres[valid], np.full(int(valid.sum()), head.constant))[0])
                 task.advance()
@@ -135,7 +137,8 @@ class DepthTask(Config):
         said |= {"lr": head.training["lr"], "steps": head.training["steps"], "train_images": head.training["images"]}
         said |= {"min_depth": self.min_depth, "max_depth": self.max_depth, "mean_over": "images"}
         rmse, rel, delta = np.array(errors, np.float64).T
-        there = np.isfinite(rmse).astype(np.float64)
+        if lost := int((there > np.isfinite(rmse)).sum()):
+            raise Unfit(f"The head's depths of {lost} test images hold NaN or infinity: the features are too large for it.")
         held = {"held_out_rmse_m": head.training["held_out_rmse_m"]}
         return [
             Score("rmse_m", "share", _each(rmse, there), {**said, **held}),

@@ -77,7 +77,8 @@ class ForegroundTask(Config):
     threshold: Threshold = "zero"
 
     def problems(self) -> list[str]:
-        found = [f"test: {p}" for p in self.test.problems()]
+        """Of the task itself: what is wrong in `test`, its own `problems` say."""
+        found = []
         if not self.foreground or min(self.foreground) < 0:
             found.append(f"foreground must be one or more class ids of at least 0, got {self.foreground}")
         if getattr(self.test, "scale", None) is not None or getattr(self.test, "map", None) == "depth":

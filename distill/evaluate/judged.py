@@ -60,5 +60,9 @@ class Judged:
         with replacing(self._path(key)) as part:
             save_file(arrays, part, metadata={"about": json.dumps(about, sort_keys=True)})
 
+    def head(self, key: dict[str, Any]) -> Path:
+        """Where the head that was trained for an outcome is kept."""
+        return self._path(key).with_suffix(".head.safetensors")
+
     def _path(self, key: dict[str, Any]) -> Path:
         return self.folder / f"{sha256_json(key)[:24]}.safetensors"

@@ -1,7 +1,8 @@
-"""Retrieval by cosine similarity of frozen features: mean average precision and recall at k (DINOv2, section 7.4).
+"""Retrieval by cosine similarity of frozen features: mean average precision and recall at k (as DINOv2's section 7.3 asks for instances).
 
 Average precision of a query with R relevant items at the ranks r_1 < ... < r_R (1 is nearest) is mean_i(i / r_i): no interpolation, as
-scikit-learn's. Recall at k is the share of queries with at least one relevant item among the k nearest. Among equal similarities the lower
+scikit-learn's. It is not that of Oxford and Paris, which is trapezoidal and leaves junk images out: their published numbers are no
+yardstick here. Recall at k is the share of queries with at least one relevant item among the k nearest. Among equal similarities the lower
 index comes first. Queries without a relevant item do not count.
 
 Shape legend: Q queries, M database items, D width.
@@ -40,13 +41,13 @@ class Ranking:
     first: np.ndarray
     relevant: np.ndarray
 
-    def scores(self, ks: list[int]) -> list[Score]:
-        """Headlines `map` and, for the smallest k, `recall_at_k`; the other k are further rows. Percent."""
+    def scores(self, ks: list[int], **about: Any) -> list[Score]:
+        """Headlines `map` and, for the smallest k, `recall_at_k`; the other k are further rows. Percent. `about`: conditions of all."""
         counts = (self.relevant > 0).astype(np.float64)
-        found = [Score("map", "percent", np.stack([self.average_precision, counts], 1))]
+        found = [Score("map", "percent", np.stack([self.average_precision, counts], 1), about)]
         for k in sorted(ks):
             hit = ((self.first > 0) & (self.first <= k)).astype(np.float64)
-            found.append(Score("recall_at_k", "percent", np.stack([hit, counts], 1), {"k": k}, headline=k == min(ks)))
+            found.append(Score("recall_at_k", "percent", np.stack([hit, counts], 1), {**about, "k": k}, headline=k == min(ks)))
         return found
 
 
@@ -117,7 +118,8 @@ class RetrievalTask(Config):
                 raise Unfit(split)
             database = clean(reader.read(data).cls[-1])[split.gallery]
             queries = clean(reader.read(sources["queries"]).cls[-1])[split.test]
-            return rank(queries, database, split.test_labels, split.gallery_labels).scores(self.ks)
+            found = rank(queries, database, split.test_labels, split.gallery_labels)
+            return found.scores(self.ks, **split.conditions())
         labels = data.labels()
         if labels is None or not (labels >= 0).any():
             raise Unfit(f"{data.name} has no labels, and retrieval needs to know what is relevant.")

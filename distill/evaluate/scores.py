@@ -24,20 +24,21 @@ from distill.files import replacing
 from distill.rows import Row, not_measured
 
 RESAMPLES = 2000
+DRAWN_AT_ONCE = 2**24  # counts of a slice of draws
 THRESHOLDS = 256  # of `micro_ap`
 FEW = 30  # below this many items a row says so
-SHARED = (
-    "task",
-    "kind",
-    "data",
-    "data_fingerprint",
-    "gallery",
-    "gallery_fingerprint",
-    "resolution",
-    "shots",
-    "k",
-    "alpha",
-    "protocol",
+SHARED = (  # conditions that must agree where two subjects are compared
+    *(
+        "task",
+        "kind",
+        "data",
+        "data_fingerprint",
+        "gallery",
+        "gallery_fingerprint",
+        "queries_fingerprint",
+        "distractors_fingerprint",
+    ),
+    *("resolution", "shots", "k", "alpha", "grid", "seed", "protocol"),
 )
 
 
@@ -94,6 +95,10 @@ class Score:
     def value(self) -> float:
         return float(REDUCTIONS[self.reduction](self.stats.sum(0)))
 
+    def counted(self) -> int:
+        """Items that count: of queries, those with something to find."""
+        return int((self.stats[:, -1] > 0).sum()) if self.reduction in ("share", "percent", "root") else len(self.stats)
+
 
 def percent_right(metric: str, right: np.ndarray, **conditions: Any) -> Score:
     """`right` [n], bool or a share 0..1 for each item -> their mean in percent."""
@@ -102,14 +107,29 @@ def percent_right(metric: str, right: np.ndarray, **conditions: Any) -> Score:
 
 
 def interval(score: Score, seed: int = 0) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval over items; None for fewer than two items. Of items that are right or wrong it is Wilson's, which
-    does not shrink to nothing at 0 % and 100 %."""
-    if len(score.stats) < 2:
-        return None
-    if is_share_of_right(score):
-        low, high = wilson(int(score.stats[:, 0].sum()), int(score.stats[:, 1].sum()))
-        return float(low), float(high)
-    return _limits(REDUCTIONS[score.reduction](_drawn(score.stats, seed)))
+    """As `intervals`, of one."""
+    return intervals([score], seed)[0]
+
+
+def intervals(scores: Sequence[Score], seed: int = 0) -> list[tuple[float, float] | None]:
+    """95 % percentile bootstrap intervals over items, scores of equally many items drawn together; None for fewer than two items. Of items
+    that are right or wrong it is Wilson's, which does not shrink to nothing at 0 % and 100 %."""
+    found: list[tuple[float, float] | None] = [None] * len(scores)
+    together: dict[int, list[int]] = {}
+    for i, score in enumerate(scores):
+        if len(score.stats) < 2:
+            continue
+        if is_share_of_right(score):
+            low, high = wilson(int(score.stats[:, 0].sum()), int(score.stats[:, 1].sum()))
+            found[i] = float(low), float(high)
+        else:
+            together.setdefault(len(score.stats), []).append(i)
+    for group in together.values():
+        sums = _drawn(np.concatenate([scores[i].stats for i in group], 1), seed)
+        ends = np.cumsum([scores[i].stats.shape[1] for i in group])
+        for i, part in zip(group, np.split(sums, ends[:-1], -1), strict=True):
+            found[i] = _limits(REDUCTIONS[scores[i].reduction](part))
+    return found
 
 
 def is_share_of_right(score: Score) -> bool:
@@ -119,11 +139,12 @@ def is_share_of_right(score: Score) -> bool:
 
 @dataclass(frozen=True)
 class Difference:
-    """a minus b over the same n items, with its 95 % interval (None for fewer than two items)."""
+    """a minus b over the same n items, with its 95 % interval (None for fewer than two items) and what kind of interval it is."""
 
     value: float
     interval: tuple[float, float] | None
     n: int
+    how: str
 
 
 def paired(a: Score, b: Score, seed: int = 0) -> Difference:
@@ -135,18 +156,19 @@ def paired(a: Score, b: Score, seed: int = 0) -> Difference:
     there = a.stats[:, -1] == 1
     if is_share_of_right(a) and is_share_of_right(b) and there.any() and (a.stats[:, 1] == b.stats[:, 1]).all():
         exact = paired_shares(a.stats[there, 0] == 1, b.stats[there, 0] == 1)
-        return Difference(exact.difference, (exact.low, exact.high), exact.n)
+        return Difference(exact.difference, (exact.low, exact.high), exact.n, "Tango")
     if len(a.stats) > 1:
         both = _drawn(np.concatenate([a.stats, b.stats], 1), seed)
         mine, theirs = np.split(both, 2, -1)
         found = _limits(reduce(mine) - reduce(theirs))
-    return Difference(a.value() - b.value(), found, len(a.stats))
+    return Difference(a.value() - b.value(), found, a.counted(), "paired bootstrap over items")
 
 
 def _drawn(stats: np.ndarray, seed: int) -> np.ndarray:
     """[n, S] -> [R, S]: sums over R draws of n items, a slice of draws at a time."""
     n, generator = len(stats), np.random.default_rng(seed)
-    slices = [min(200, RESAMPLES - start) for start in range(0, RESAMPLES, 200)]
+    step = max(1, min(200, DRAWN_AT_ONCE // n))
+    slices = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
     return np.concatenate([generator.multinomial(n, np.full(n, 1 / n), size=r) @ stats for r in slices])
 
 
@@ -173,9 +195,9 @@ class ScoreBook:
     def rows(self, subject: str, target: str, conditions: dict[str, Any], scores: Iterable[Score]) -> list[Row]:
         """Rows with intervals; headlines are kept for paired differences. `conditions` has `task` and `resolution`."""
         found = []
-        for score in scores:
-            said = {**conditions, **score.conditions}
-            limits, value = interval(score), score.value()
+        scores = list(scores)
+        for score, limits in zip(scores, intervals(scores), strict=True):
+            said, value = {**conditions, **score.conditions}, score.value()
             if not np.isfinite(value):
                 found.append(not_measured(score.metric, subject, target, "No item of the test set can be scored.", **said))
                 continue
@@ -187,7 +209,9 @@ class ScoreBook:
                 self.stats[key] = np.asarray(score.stats, np.float64)
                 self.about[key] = {"subject": subject, "target": target, "metric": score.metric, "reduction": score.reduction}
                 self.about[key] |= {name: said[name] for name in SHARED if name in said}
-            few = {"few_samples": True} if len(score.stats) < FEW else {}
+            n = score.counted()
+            few: dict[str, Any] = {"few_samples": True} if n < FEW else {}
+            few |= {"items_left_out": len(score.stats) - n} if n < len(score.stats) else {}
             low, high = limits or (None, None)
             how = "Wilson" if is_share_of_right(score) else "bootstrap over items"
             found.append(
@@ -196,10 +220,10 @@ class ScoreBook:
                     value=value,
                     low=low,
                     high=high,
-                    n=len(score.stats),
+                    n=n,
                     subject=subject,
                     target=target,
-                    conditions={**said, **few, "interval": how} if limits else {**said, **few},
+                    conditions={"interval": how, **said, **few} if limits else {**said, **few},
                 )
             )
         return found
@@ -234,7 +258,7 @@ class ScoreBook:
         about = self.about[a]
         found = paired(self.score(a), self.score(b))
         low, high = found.interval or (None, None)
-        conditions: dict[str, Any] = {"versus": second, "interval": "paired bootstrap over items"}
+        conditions: dict[str, Any] = {"versus": second} | ({"interval": found.how} if found.interval else {})
         conditions |= {name: about[name] for name in SHARED if name in about}
         if (other := self.about[b].get("resolution")) != about.get("resolution"):
             conditions["versus_resolution"] = other

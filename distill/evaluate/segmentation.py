@@ -11,16 +11,16 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from scipy import sparse
 from torch import Tensor
 
 from distill.config import Config
 from distill.data.maps import MapsConfig, MapSource
-from distill.evaluate.dense_fit import FitSettings, Tokens, fit, histograms
+from distill.evaluate.dense_fit import NOT_FINITE, FitSettings, Tokens, fit, histograms
 from distill.evaluate.dense_head import Head, predict_item
 from distill.evaluate.scores import Score
+from distill.evaluate.split import overlap
 from distill.evaluate.task import Reader, Stored, Unfit
 from distill.progress import Progress
 
@@ -44,9 +44,9 @@ class SegmentationTask(Config):
     seed: int = 0
 
     def problems(self) -> list[str]:
-        found = head_problems(self.layers, self.lrs, self.steps, self.batch)
+        """Of the task itself: what is wrong in `train` and `test`, their own `problems` say."""
+        found = head_problems(self.layers, self.lrs, self.steps, self.batch, self.seed)
         for role, maps in (("train", self.train), ("test", self.test)):
-            found += [f"{role}: {p}" for p in maps.problems()]
             if getattr(maps, "scale", None) is not None or getattr(maps, "map", None) == "depth":
                 found.append(f"{role} is a depth map, segmentation needs class ids")
         return found
@@ -63,6 +63,7 @@ class SegmentationTask(Config):
     def fit(self, reader: Reader, sources: dict[str, Any], progress: Progress) -> Head:
         """A head trained on `sources["train"]`. Raises: Unfit, with the sentence why."""
         source: MapSource = sources["train"]
+        apart(sources)
         stored = reader.read(source, patches=True, layers=self.layers, fit="squash")
         with progress.task(f"classes of {source.name}", len(source), unit="images") as task:
             shares = histograms((_counted(source.map(i), task) for i in range(len(source))), stored.grid())
@@ -129,7 +130,7 @@ class SegmentationTask(Config):
         return scores
 
 
-def head_problems(layers: int, lrs: list[float], steps: int, batch: int) -> list[str]:
+def head_problems(layers: int, lrs: list[float], steps: int, batch: int, seed: int) -> list[str]:
     """What is out of range in the settings that dense heads share."""
     found = []
     if layers < 1:
@@ -138,17 +139,24 @@ def head_problems(layers: int, lrs: list[float], steps: int, batch: int) -> list
         found.append(f"lrs must be one or more numbers above 0, got {lrs}")
     if min(steps, batch) < 1:
         found.append("steps and batch must be at least 1")
-    return found
+    return found + ([f"seed must be at least 0, got {seed}"] if seed < 0 else [])
 
 
-def readable(stored: Stored) -> Stored:
-    """The same. Raises: Unfit: patches that fill no square, or are not finite."""
+def apart(sources: dict[str, Any]) -> None:
+    """Raises: Unfit: images of `test` are in `train` too."""
+    if sentence := overlap(sources["train"], sources["test"]):
+        raise Unfit(sentence)
+
+
+def readable(stored: Stored, cls: bool = False) -> Stored:
+    """The same. Raises: Unfit: patches that fill no square, or patches (and with `cls` CLS) that are not finite."""
     stored.grid()
-    for layer in range(len(stored.cls)):
-        for start in range(0, stored.cls.shape[1], 64):
-            assert stored.patches is not None
-            if not np.isfinite(stored.patches[layer, start : start + 64]).all():
-                raise Unfit("The patch features hold NaN or infinity.")
+    assert stored.patches is not None
+    for features in (stored.patches, stored.cls) if cls else (stored.patches,):
+        for layer in features:
+            for start in range(0, len(layer), 64):
+                if not np.isfinite(layer[start : start + 64]).all():
+                    raise Unfit(NOT_FINITE)
     return stored
 
 
@@ -180,7 +188,8 @@ def _largest(logits: Tensor) -> Tensor:
 
 def _miou(said: Tensor, truth: sparse.csr_matrix) -> float:
     """mIoU in percent of one class a patch, over the pixels of its histogram."""
-    outputs = truth.shape[1]
-    confusion = truth.T @ torch.nn.functional.one_hot(said, outputs).float().numpy()  # [true, said]
+    tokens, outputs = truth.shape
+    choice = sparse.csr_matrix((np.ones(tokens, np.float32), (np.arange(tokens), said.numpy())), (tokens, outputs))
+    confusion = (truth.T @ choice).toarray()  # [true, said]; dense, the choices would be as large as the logits
     inside, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
     return float(100 * (inside[union > 0] / union[union > 0]).mean()) if union.any() else float("nan")

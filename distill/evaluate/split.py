@@ -1,6 +1,7 @@
 """Which images of a gallery and a test set are judged, and their labels brought to one numbering."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,38 @@ class Split:
     def classes(self) -> int:
         return len(self.gallery_labels.unique())
 
+    def conditions(self) -> dict[str, Any]:
+        """What every row says about the images that were learned from and asked."""
+        left_out = {"test_left_out": self.left_out} if self.left_out else {}
+        return {"gallery_size": len(self.gallery), "classes": self.classes()} | left_out
+
+
+def shared_items(a: Any, b: Any) -> int:
+    """How many items of the source `b` are items of `a` too, as far as that is cheap to know (see the sources' `shared_with`)."""
+    key = a.fingerprint(), b.fingerprint()
+    if key[0] == key[1]:
+        return len(b)
+    if (own := getattr(a, "shared_with", None)) is None:
+        return 0
+    if key not in _SHARED:
+        _SHARED[key] = own(b)
+    return _SHARED[key]
+
+
+_SHARED: dict[tuple[str, str], int] = {}  # by fingerprints, for this process: every subject asks again
+
+
+def overlap(gallery: Any, test: Any) -> str | None:
+    """The sentence why two sets cannot be learned from and judged: they share items. None where they do not."""
+    if gallery.fingerprint() == test.fingerprint():
+        return f"Gallery and test set are the same images ({test.name}), each would find itself: name another test set."
+    if not (shared := shared_items(gallery, test)):
+        return None
+    return (
+        f"{shared:,} of the {len(test):,} items of the test set {test.name} are also in {gallery.name}, from which the answers come: name "
+        "sets that share none (of one path, a smaller `limit` is the beginning of a larger one)."
+    )
+
 
 def align(gallery: Source, test: Source, shots: int = 0, seed: int = 0) -> Split | str:
     """Pair two sets, by class name where both have names, else by number; or the sentence why nothing can be judged.
@@ -41,8 +74,8 @@ def align(gallery: Source, test: Source, shots: int = 0, seed: int = 0) -> Split
             return f"The {role} {source.name} holds no image."
         if labels is None or not (labels >= 0).any():
             return f"The {role} {source.name} has no labels, and accuracy needs a labelled gallery and a labelled test set."
-    if gallery.fingerprint() == test.fingerprint():
-        return f"Gallery and test set are the same images ({test.name}), each would find itself: name another test set."
+    if sentence := overlap(gallery, test):
+        return sentence
     known, asked = (torch.from_numpy(np.array(labels, np.int64)) for labels in numbers)
     if gallery.classes and test.classes:
         by_name = {name: i for i, name in enumerate(gallery.classes)}

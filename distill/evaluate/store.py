@@ -133,6 +133,8 @@ class FeatureStore:
             raise Unfit(f"{title}: {asked.deepest()} layers are asked for, and {encoder.target} shows {shows}.")
         if len(images) == 0:
             raise Unfit(f"{images.name} holds no image.")
+        if found is not None and found.about["encoder"]["conditions"] != json.loads(json.dumps(encoder.conditions)):
+            found = None  # begun on another device or version: rows must not say of all what is true of some
         if found is None or found.wish() != asked:
             shutil.rmtree(home, ignore_errors=True)  # before the new files are made: maps of the old ones stay whole
             found = None

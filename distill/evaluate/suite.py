@@ -21,6 +21,7 @@ from distill.evaluate.split import Split, align
 from distill.evaluate.store import FeatureStore
 from distill.evaluate.task import HeadTask, Task, Unfit, Unscored
 from distill.evaluate.tasks import takes_part
+from distill.files import write_bytes
 from distill.progress import Progress
 from distill.rows import Row, not_measured
 
@@ -150,13 +151,16 @@ class _Judge:
             key = Judged.key(subject, data, settings)
             try:
                 head = head_path(self.folder, name, subject) if isinstance(task, HeadTask) else None
+                kept = head if key is None or head is None else self._judged.head(key)
                 outcome = self._judged.get(key)
-                if outcome is None or (head is not None and not head.exists()):
+                if outcome is None or (kept is not None and not kept.exists()):
                     with self._reader(subject, images) as reader:
-                        scores = _scores(task, reader, sources, self.progress, head)
+                        scores = _scores(task, reader, sources, self.progress, kept)
                     outcome = Outcome(reader.conditions, [_task_record(s) for s in scores])
                     self._warn(subject, outcome)
                     self._judged.put(key, outcome)
+                if head is not None and kept is not None and kept != head:
+                    write_bytes(head, kept.read_bytes())
             except self.unrunnable as e:
                 if str(e) not in said_why:
                     self.progress.say(f"evaluate: {name} of {subject.subject} on {subject.target}: {e}", warning=True)
@@ -257,7 +261,8 @@ class _Report:
         if array is None:
             return [self.none(metric, said["reason"], **more)]
         if array.dtype.kind == "f":  # shares of right answers
-            score = percent_right(metric, array, **more)
+            # What was drawn matters as much with few shots; the interval knows of the test images alone, and says so.
+            score = percent_right(metric, array, interval="bootstrap over test images; the drawings of shots are fixed", **more)
             return self.book.rows(
                 self.subject.subject, self.subject.target, self.conditions | {"task": MAIN, "kind": "classification"}, [score]
             )

@@ -11,8 +11,8 @@ from distill.encoder import Features
 from distill.evaluate import knn, linear
 from distill.evaluate.retrieval import clean
 from distill.evaluate.scores import Score, percent_right
-from distill.evaluate.split import align
-from distill.evaluate.task import Reader, Unfit
+from distill.evaluate.split import Split, align
+from distill.evaluate.task import Reader, Unfit, Unscored
 from distill.progress import Progress
 
 
@@ -46,8 +46,10 @@ class VideoTask(Config):
             found.append(f"probe_lrs must be one or more numbers above 0, got {self.probe_lrs}")
         if not 0 < self.temperature < float("inf"):
             found.append(f"temperature must be above 0, got {self.temperature}")
-        if self.probe_steps < 1 or self.seed < 0:
-            found.append("probe_steps must be at least 1 and seed at least 0")
+        if self.probe_steps < 1:
+            found.append(f"probe_steps must be at least 1, got {self.probe_steps}")
+        if self.seed < 0:
+            found.append(f"seed must be at least 0, got {self.seed}")
         return found
 
     def sources(self) -> dict[str, Any]:
@@ -56,29 +58,35 @@ class VideoTask(Config):
     def metrics(self) -> tuple[str, ...]:
         return "video_knn_top1", "video_top1"
 
-    def judge(self, reader: Reader, sources: dict[str, Any], progress: Progress) -> list[Score]:
+    def judge(self, reader: Reader, sources: dict[str, Any], progress: Progress) -> list[Score | Unscored]:
+        """Raises: Unfit: labels are missing, or clips are in both sets."""
         split = align(sources["train"], sources["test"])
         if isinstance(split, str):
             raise Unfit(split)
         (train, train_patch), (test, test_patch) = (self._clips(reader, sources[role]) for role in ("train", "test"))
-        gallery, labels = train[split.gallery], split.gallery_labels
+        gallery = Features(train[split.gallery], train_patch[split.gallery][:, None])
+        asked = Features(test[split.test], test_patch[split.test][:, None])
+        about = split.conditions() | {"frames": self.frames, "seed": self.seed}
+        return [self._knn(gallery, asked, split, about), self._probe(gallery, asked, split, about)]
+
+    def _knn(self, gallery: Features, asked: Features, split: Split, about: dict[str, Any]) -> Score | Unscored:
+        labels = split.gallery_labels
         fit = [k for k in self.ks if k <= len(labels)]
         if not fit:
-            raise Unfit(f"{sources['train'].name} has {len(labels)} videos, fewer than the smallest k ({min(self.ks)}).")
+            reason = f"There are {len(labels)} videos to learn from, fewer than the smallest k ({min(self.ks)})."
+            return Unscored("video_knn_top1", reason, about)
         kept, held = knn.hold_out(labels, self.seed)
-        k = knn.choose_k(gallery, labels, kept, held, fit, self.temperature)
-        said = knn.predict(gallery, labels, test[split.test], [k], self.temperature)[k]
+        k = knn.choose_k(gallery.cls, labels, kept, held, fit, self.temperature)
+        said = knn.predict(gallery.cls, labels, asked.cls, [k], self.temperature)[k]
+        return percent_right("video_knn_top1", (said == split.test_labels).numpy(), chosen_k=k, **about)
+
+    def _probe(self, gallery: Features, asked: Features, split: Split, about: dict[str, Any]) -> Score | Unscored:
         settings = linear.ProbeSettings(tuple(self.probe_lrs), self.probe_steps, seed=self.seed)
-        features = [
-            Features(c[i], p[i][:, None]) for c, p, i in ((train, train_patch, split.gallery), (test, test_patch, split.test))
-        ]
-        probe = linear.probe(features[0], labels, features[1], settings)
-        conditions = {"frames": self.frames}
-        found = [percent_right("video_knn_top1", (said == split.test_labels).numpy(), chosen_k=k, **conditions)]
+        probe = linear.probe(gallery, split.gallery_labels, asked, settings)
         if isinstance(probe, str):
-            raise Unfit(probe)
+            return Unscored("video_top1", probe, about)
         right = (probe.predicted == split.test_labels).numpy()
-        return [*found, percent_right("video_top1", right, lr=probe.lr, features=probe.features, **conditions)]
+        return percent_right("video_top1", right, lr=probe.lr, features=probe.features, **about)
 
     def _clips(self, reader: Reader, videos: Any) -> tuple[Tensor, Tensor]:
         """Mean over frames of CLS and of the mean patch, [clips, D] each."""

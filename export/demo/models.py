@@ -19,7 +19,7 @@ from PIL import Image
 from distill.data.preprocess import Preprocess
 from distill.errors import EnvironmentFailed, UserError
 from export.artifact import Artifact, ArtifactFile, Unrunnable
-from export.sessions import quiet_options
+from export.sessions import exact_session
 
 OUTPUTS = ["cls", "patches"]
 REMEMBERED = 20  # calls that the median latency is of
@@ -119,7 +119,7 @@ def open_model(artifact: Artifact, entry: ArtifactFile, name: str, torch_allowed
     else:
         raise Unrunnable("a TensorRT engine needs torch and a GPU in this page; open the run instead of the bundle")
     settings = Preprocess.from_json(entry.preprocess)
-    return Model(name, entry.sha256, runtime, settings, artifact.max_batch, run)
+    return Model(name, artifact.content_sha256(entry), runtime, settings, artifact.max_batch, run)
 
 
 def cores() -> int:
@@ -131,7 +131,7 @@ def onnx_run(artifact: Artifact, entry: ArtifactFile) -> tuple[Run, str]:
     """An ONNX file in ONNX Runtime on the CPU."""
     data = artifact.content(entry)
     try:
-        session = onnxruntime.InferenceSession(data, quiet_options(cores()), providers=["CPUExecutionProvider"])
+        session = exact_session(data, cores())
     except Exception as e:  # its exceptions have no common base; the bytes are the exported ones, so it is the runtime
         raise Unrunnable(f"onnxruntime {onnxruntime.__version__} cannot load {entry.path} ({first_line(e)})") from e
 

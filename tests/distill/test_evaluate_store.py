@@ -120,6 +120,17 @@ def test_a_killed_extraction_goes_on_from_the_last_finished_chunk(tmp_path, stop
         assert np.array_equal(getattr(found, name), getattr(whole, name))
 
 
+def test_what_another_version_began_is_not_continued(tmp_path):
+    first, second = Layered(15), Layered()
+    with pytest.raises(KeyboardInterrupt):
+        reader(tmp_path, first).read(Numbered())
+    second.conditions = second.conditions | {"runtime": "layered 2"}
+    asking = reader(tmp_path, second)
+    asking.read(Numbered())
+    assert second.asked == list(range(N))
+    assert asking.conditions["runtime"] == "layered 2"
+
+
 def test_what_is_stored_is_read_without_opening_the_encoder(tmp_path):
     first = reader(tmp_path, Layered())
     one = first.read(Numbered(), layers=2)

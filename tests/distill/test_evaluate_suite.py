@@ -339,7 +339,7 @@ def test_unreadable_images_of_a_folder_are_left_out(tmp_path):
             folder = tmp_path / role / name
             folder.mkdir(parents=True)
             for i in range(n):
-                Image.new("RGB", (40, 30), tuple(c + i * (role == "test") for c in colour)).save(folder / f"{i}.png")
+                Image.new("RGB", (40, 30), tuple(c + (i + 1) * (role == "test") for c in colour)).save(folder / f"{i}.png")
         (tmp_path / role / "red" / "broken.png").write_bytes(b"\x89PNG nothing more")
     gallery, test = (FolderConfig(path=str(tmp_path / role), labels=True).build() for role in ("gallery", "test"))
     config = EvaluateConfig(ks=[3], probe_lrs=[1.0], probe_steps=20)

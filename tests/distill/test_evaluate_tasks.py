@@ -1,6 +1,7 @@
 """Tasks beside the main gallery and test set: classification on further sets, and what the machinery does for every kind."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from distill.data.preprocess import Preprocess
 from distill.data.sources import DatasetsConfig, ParquetConfig
-from distill.encoder import Features
+from distill.encoder import Features, RawPixels
 from distill.errors import UserError
 from distill.evaluate.classify import ClassificationTask, ClassifyConfig
 from distill.evaluate.config import EvaluateConfig
@@ -19,9 +20,11 @@ from distill.evaluate.judged import Judged, Outcome
 from distill.evaluate.pairs import Predictions
 from distill.evaluate.reader import Subject
 from distill.evaluate.scores import Score, ScoreBook
-from distill.evaluate.suite import Evaluation, evaluate
-from distill.evaluate.task import Unfit, Unscored
+from distill.evaluate.split import Split
+from distill.evaluate.suite import Evaluation, evaluate, head_path
+from distill.evaluate.task import Stored, Unfit, Unscored
 from distill.evaluate.tasks import KINDS, takes_part
+from distill.files import write_bytes
 from distill.progress import Progress
 
 QUIET = Progress("quiet")
@@ -263,6 +266,37 @@ def test_every_kind_is_run_alike(tmp_path):
     assert len(main) == 10
 
 
+class Heads(Lengths):
+    """A kind that trains something worth keeping."""
+
+    def fit(self, reader, sources, progress):
+        trained.append(reader.subject.subject)
+        return SimpleNamespace(save=lambda path: write_bytes(path, b"head"))
+
+    def scores(self, head, reader, sources, progress):
+        return [Score("length", "share", np.ones((4, 2)))]
+
+
+trained: list[str] = []
+
+
+def test_heads_are_kept_and_outlive_the_evaluations_folder(tmp_path):
+    trained.clear()
+    one, task = subject("students/a", Seen()), Heads(train="x", test="y")
+    names = []
+    for folder in ("a", "b"):  # as when a stage's settings change: its folder goes, what is kept stays
+        evaluate(config(fine=task), [one], None, None, tmp_path / folder, QUIET, (), {"fine": FINE}, (), tmp_path / "kept")
+        head = head_path(tmp_path / folder, "fine", one)
+        assert head.read_bytes() == b"head"
+        names.append(head.relative_to(tmp_path / folder))
+    assert trained == ["students/a"]
+    assert str(names[0]) == "tasks/fine/head-students.a-torch-fp32-32.safetensors"
+    for path in (tmp_path / "kept" / "judged").glob("*.head.safetensors"):
+        path.unlink()
+    evaluate(config(fine=task), [one], None, None, tmp_path / "c", QUIET, (), {"fine": FINE}, (), tmp_path / "kept")
+    assert trained == ["students/a"] * 2
+
+
 def test_who_takes_part():
     assert [takes_part(TASK, s) for s in ("raw", "random/a", "teacher")] == [True, True, True]
     dense = TASK.model_copy(update={"kind": "depth"})
@@ -325,3 +359,49 @@ def test_settings():
     assert len(EvaluateConfig(few_shot=[0], few_shot_draws=0, probe_layers=[], batch=0).problems()) == 4
     off = ClassificationTask(train="a", test="b", knn=False, linear=False, seed=-1)
     assert len(off.problems()) == 2
+
+
+def test_no_kind_takes_a_negative_seed():
+    scenes, clips = {"kind": "scenes", "map": "depth"}, {"path": "clips"}
+    data = {"segmentation": {"kind": "scenes"}, "depth": scenes, "video": clips}
+    for kind in (k for k, config in KINDS.items() if "seed" in config.model_fields):
+        name = "data" if "data" in KINDS[kind].model_fields else "train"
+        sets = dict.fromkeys([name, *(["test"] if name == "train" else [])], data.get(kind, "x"))
+        read = KINDS[kind].model_validate({"kind": kind, **sets, "seed": -1})
+        assert read.problems() == ["seed must be at least 0, got -1"], kind
+
+
+def test_parts_of_one_table_that_overlap_are_a_sentence(tmp_path):
+    """A limit takes the beginning of a fixed order: the test images are all among those of the gallery."""
+    import datasets
+
+    table = {"image": [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(40)], "label": [0, 1] * 20}
+    datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(tmp_path / "a.parquet")
+    train, test = (ParquetConfig(path=str(tmp_path / "a.parquet"), limit=n).build() for n in (30, 10))
+    found = run(tmp_path, [subject("teacher", Seen())], {"train": train, "test": test})
+    reasons = {r.reason for r in of_task(found.rows, status="not measured")}
+    assert len(reasons) == 1
+    assert "10 of the 10 items of the test set" in reasons.pop()
+
+
+def test_features_too_wide_for_logistic_regression_are_a_reason(monkeypatch):
+    from distill.evaluate import classify as module
+
+    monkeypatch.setattr(module, "WIDEST", 10)
+    settings = ClassifyConfig(**SMALL, logistic=True, few_shot=[1])
+    x = torch.randn(30, 20).numpy()[None]
+    labels = torch.arange(30) % 3
+    split = Split(torch.arange(30), labels, torch.arange(30), labels, 0)
+    reader = SimpleNamespace(depth=1, read=lambda source, layers: Stored(x, x))
+    answers = {a.metric: a for a in module.classify(settings, reader, split, None, None)}
+    assert "20 numbers" in answers["logistic_top1"].reason
+    assert "20 numbers" in answers["few_shot_top1"].reason
+    assert answers["knn_top1"].predicted is not None
+
+
+def test_raw_pixels_of_large_images_are_averaged_down():
+    large = torch.rand(2, 3, 96, 96)
+    found = RawPixels()(large)
+    assert found.cls.shape == (2, 3 * 48 * 48)
+    small = RawPixels()(torch.nn.functional.avg_pool2d(large, 2))
+    assert torch.allclose(found.cls, small.cls, atol=1e-5)

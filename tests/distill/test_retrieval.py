@@ -78,6 +78,18 @@ def test_queries_of_their_own_are_aligned_with_the_database():
     )
     assert scores[0].value() == 100
     assert len(scores[0].stats) == 2
+    about = {"gallery_size": 3, "classes": 3, "test_left_out": 1}
+    assert all(about.items() <= s.conditions.items() for s in scores)
+
+
+def test_queries_that_are_in_the_database_are_a_sentence():
+    class Part(Labelled):
+        def shared_with(self, other):
+            return 2
+
+    sources = {"data": Part([0, 1, 2], "photos"), "queries": Part([0, 1, 2], "few")}
+    with pytest.raises(Unfit, match="2 of the 3 items of the test set few are also in photos"):
+        RetrievalTask(data="x", queries="y").judge(FakeReader({}), sources, QUIET)
 
 
 def test_sets_that_cannot_be_searched_say_why():
@@ -120,6 +132,9 @@ def test_distractors_are_nobodys_copies():
     scores = CopyDetectionTask(data="x", distractors="y").judge(reader, sources, QUIET)
     assert scores[0].stats[:, 1].sum() == 6
     assert {s.metric for s in scores} == {"map", "recall_at_k", "micro_ap"}
+    assert {s.conditions["pooling"] for s in scores} == {"mean, not whitened"}
+    scores = CopyDetectionTask(data="x", features="cls").judge(reader, {"data": sources["data"]}, QUIET)
+    assert {(s.conditions["features"], s.conditions["pooling"]) for s in scores} == {("cls", "none")}
 
 
 class Pictures:
@@ -193,3 +208,42 @@ def test_features_that_know_their_place_match_perfectly_and_noise_does_by_chance
         for s in MatchingTask(data="x").judge(FakeReader(features), {"data": source}, QUIET)
     }
     assert scores["pck", 0.1].value() == pytest.approx(scores["pck_by_chance", 0.1].value(), abs=1.5)
+
+
+@pytest.mark.parametrize(("side", "alpha"), [(2, 0.05), (3, 0.2), (12, 0.1)])
+def test_the_ceiling_of_a_grid_is_that_of_the_nearest_centre(side, alpha):
+    rng = np.random.default_rng(1)
+    tokens = rng.normal(size=(1, 6, side * side, 4)).astype(np.float16)
+    stored = Stored(np.zeros((1, 6, 4), np.float32), tokens[:, :, 0], tokens)
+    reader = FakeReader({"dots": stored, "dots seen again": stored})
+    found = MatchingTask(data="x", alphas=[alpha], seed=3).judge(reader, {"data": Pictures()}, QUIET)
+    scores = {s.metric: s for s in found}
+    assert set(scores) == {"pck", "pck_by_chance", "pck_at_best"}
+    assert all(s.conditions == {"alpha": alpha, "grid": side, "seed": 3} for s in found)
+    assert [s.metric for s in found if s.headline] == ["pck"]
+    near = total = 0
+    for i in range(6):
+        matrix = view_of(i, 3, 160 / 120).matrix
+        for x, y in grid_centres(side):
+            u, v = matrix @ [x, y, 1]
+            if 0 <= u <= 1 and 0 <= v <= 1:
+                total += 1
+                u0, v0 = ((np.clip(np.floor(w * side), 0, side - 1) + 0.5) / side for w in (u, v))
+                near += (u - u0) ** 2 + (v - v0) ** 2 <= alpha**2
+    assert scores["pck_at_best"].value() == pytest.approx(100 * near / total)
+    assert scores["pck"].value() <= scores["pck_at_best"].value()
+
+
+@pytest.mark.parametrize("broken", ["dots", "dots seen again"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_views_without_finite_features_are_a_sentence(broken, value):
+    tokens = np.random.default_rng(0).normal(size=(1, 6, 9, 4)).astype(np.float16)
+    spoiled = tokens.copy()
+    spoiled[0, 5, 8, 3] = value
+    stored = {
+        name: Stored(np.zeros((1, 6, 4), np.float32), t[:, :, 0], t)
+        for name in ("dots", "dots seen again")
+        for t in [spoiled if name == broken else tokens]
+    }
+    with pytest.raises(Unfit, match=r"NaN or infinity .*above 65,504"):
+        MatchingTask(data="x").judge(FakeReader(stored), {"data": Pictures()}, QUIET)

@@ -38,6 +38,7 @@ from distill.data.sources import (
 )
 from distill.data.tables import table_source
 from distill.errors import EnvironmentFailed, UserError
+from distill.evaluate.split import shared_items
 
 BROKEN = b"\xff\xd8\xff\xe0 this is no JPEG"
 
@@ -274,6 +275,55 @@ def test_checking_is_remembered_and_a_clean_source_is_itself(tmp_path, monkeypat
 
 
 # ---- processes ----
+
+
+def table_with(path: Path, values, limit=None):
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    if not path.exists():
+        pq.write_table(pa.table({"image": pa.array([{"bytes": png(v), "path": None} for v in values], kind)}), path)
+    return ParquetConfig(path=str(path), limit=limit).build()
+
+
+def test_images_of_both_sets_are_counted(tmp_path):
+    one, other = folder(tmp_path / "one"), folder(tmp_path / "other", each=12)
+    whole, few = FolderConfig(path=str(one)).build(), FolderConfig(path=str(one), limit=7).build()
+    assert shared_items(whole, few) == shared_items(few, whole) == 7
+    assert shared_items(whole, whole) == 30
+    copies = FolderConfig(path=str(other)).build()
+    assert shared_items(whole, copies) == 30  # by content: 6 of its 36 images are new
+    assert shared_items(copies, whole) == 30
+    assert shared_items(whole, FolderConfig(path=str(folder(tmp_path / "new", ("fox",)))).build()) == 10  # cat's, renamed
+    assert shared_items(FolderConfig(path=str(one / "cat")).build(), FolderConfig(path=str(one / "dog")).build()) == 0
+
+
+def test_files_that_are_alike_at_both_ends_are_not_the_same(tmp_path):
+    for name, middle in (("a", 1), ("b", 2)):
+        pixels = np.zeros((64, 64, 3), np.uint8)
+        pixels[32] = middle
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / f"{name}.bmp")
+    a, b = (FolderConfig(path=str(tmp_path / name)).build() for name in "ab")
+    assert shared_items(a, b) == 0
+    shutil.copy(tmp_path / "a" / "a.bmp", tmp_path / "b" / "c.bmp")
+    assert shared_items(a, FolderConfig(path=str(tmp_path / "b")).build()) == 1
+
+
+def test_rows_of_both_sets_are_counted(tmp_path):
+    path = tmp_path / "a.parquet"
+    many, few = table_with(path, range(20), 12), table_with(path, range(20), 5)
+    assert shared_items(many, few) == 5
+    assert shared_items(few, many) == 5
+    copy = table_with(tmp_path / "b.parquet", range(20))
+    assert shared_items(many, copy) == 12
+    assert shared_items(many, table_with(tmp_path / "c.parquet", range(100, 120))) == 0
+    assert shared_items(many, FolderConfig(path=str(folder(tmp_path / "set"))).build()) == 0
+
+
+def test_scenes_of_both_sets_are_counted():
+    train, test = ScenesConfig(count=8).build(), ScenesConfig(count=5, split="test").build()
+    assert shared_items(train, test) == 0
+    assert shared_items(train, ScenesConfig(count=5, size=32).build()) == 5
+    assert shared_items(train, ScenesConfig(count=5, seed=1).build()) == 0
 
 
 class Loader(torch.utils.data.Dataset):

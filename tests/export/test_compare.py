@@ -66,6 +66,28 @@ def test_other_test_images_are_not_compared():
     assert not judge(found, [Gate.parse("knn>=-50")])[0].passed
 
 
+def test_threads_and_batch_tell_times_apart_and_no_accuracies():
+    a, b = (row("knn_top1", v, v - 1, v + 1, threads=t, batch=t) for v, t in ((80.0, 2), (70.0, 16)))
+    (change,) = compare(Side("a", [a]), Side("b", [b])).changes
+    assert change.verdict == "WORSE"
+
+
+def test_a_number_that_disappears_fails_its_gate():
+    torch_row, int8 = row("knn_top1", 80.0, 79.0, 81.0, target="torch-fp32"), row("knn_top1", 80.0, 79.0, 81.0)
+    found = compare(Side("a", [torch_row, int8]), Side("b", [torch_row]))
+    judged = judge(found, [Gate.parse("knn>=-1")])
+    assert [j.passed for j in judged] == [True, False]
+    assert "the second run has no knn_top1 of students/small on onnx-int8" in judged[1].why
+    assert ElementTree.fromstring(junit(found, judged)).get("failures") == "1"
+
+
+@pytest.mark.parametrize(("name", "said"), [("queries_fingerprint", "other data"), ("max_depth", "other max_depth")])
+def test_other_queries_or_another_protocol_are_not_compared(name, said):
+    a, b = (row("map", v, v - 1, v + 1, task="t", **{name: str(v)}) for v in (80.0, 70.0))
+    (change,) = compare(Side("a", [a]), Side("b", [b])).changes
+    assert (change.verdict, change.how, change.low) == ("NOT COMPARED", said, None)
+
+
 def test_a_run_against_itself_is_equal():
     assert compare(accuracy(BASE), accuracy(BASE)).changes[0].difference == 0
     assert (

@@ -4,7 +4,6 @@ from collections import Counter
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import ModelProto
@@ -12,8 +11,9 @@ from tiny import backbone, pictures
 
 from export.graph import INPUT, OUTPUTS, export_onnx, load_graph
 from export.openvino_graph import for_openvino
-from export.quantize import QuantizeConfig, calibrate, quantize, quiet_options
+from export.quantize import QuantizeConfig, calibrate, quantize
 from export.runtimes import load_openvino
+from export.sessions import exact_session
 
 SIZE = 32
 PLAIN = QuantizeConfig(images=8).plain()
@@ -38,7 +38,7 @@ def quantized(source, **changes) -> ModelProto:
 
 
 def features(model: ModelProto, images: np.ndarray) -> list[np.ndarray]:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), quiet_options(1))
+    session = exact_session(model.SerializeToString(), 1)
     return session.run(list(OUTPUTS), {INPUT: images})
 
 

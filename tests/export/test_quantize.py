@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from foreign import foreign
@@ -24,7 +23,8 @@ from export.graph import (
     verify_precision,
 )
 from export.naive import quantize_everything
-from export.quantize import Calibration, LayerCalibration, QuantizeConfig, calibrate, quantize, quiet_options
+from export.quantize import Calibration, LayerCalibration, QuantizeConfig, calibrate, quantize
+from export.sessions import exact_session
 
 DEFAULT = QuantizeConfig()
 PLAIN = QuantizeConfig(smooth=None, offset=False, bias_correction=False, rounding="nearest", weights="minmax")
@@ -41,9 +41,7 @@ def made(request, graphs):
 
 def run(model: ModelProto | bytes, images: torch.Tensor) -> list[torch.Tensor]:
     data = model if isinstance(model, bytes) else serialize(model)
-    options = quiet_options(1)
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # weights-only products in FP32
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = exact_session(data, 1, entries={"session.qdq_matmulnbits_accuracy_level": "1"})  # weights-only products in FP32
     return [torch.from_numpy(a).float() for a in session.run(["cls", "patches"], {"images": images.numpy()})]
 
 

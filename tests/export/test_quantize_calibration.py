@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
@@ -14,10 +13,11 @@ from distill.errors import UserError
 from export.calibrate import row_weights
 from export.graph import constants, load_graph, serialize
 from export.histogram import BINS, Histogram
-from export.quantize import Calibration, LayerCalibration, QuantizeConfig, calibrate, quantize, quiet_options
+from export.quantize import Calibration, LayerCalibration, QuantizeConfig, calibrate, quantize
 from export.quantize_config import FP8, INT4, INT8
 from export.rounding import round_compensated, round_nearest, spread, weight_scales
 from export.segments import Pieces
+from export.sessions import exact_session
 from export.smoothing import find_folds, smoothing_factors
 
 PLAIN = QuantizeConfig(
@@ -27,9 +27,7 @@ SETTINGS = {"smooth": "search", "offset": True, "bias_correction": True, "roundi
 
 
 def run(data: bytes, images: torch.Tensor) -> list[torch.Tensor]:
-    options = quiet_options(1)
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = exact_session(data, 1, entries={"session.qdq_matmulnbits_accuracy_level": "1"})
     return [torch.from_numpy(a) for a in session.run(["cls", "patches"], {"images": images.numpy()})]
 
 
@@ -130,7 +128,7 @@ def test_bias_correction_takes_the_mean_error_off(graphs):
             config = PLAIN.model_copy(update={**tight, "bias_correction": corrected})
             graph, _ = quantize(model, calibrate(path, images, config), config)
         graph.graph.output.append(helper.make_empty_tensor_value_info("blocks.0"))
-        session = onnxruntime.InferenceSession(serialize(graph), quiet_options(1), providers=["CPUExecutionProvider"])
+        session = exact_session(serialize(graph), 1)
         values = session.run(["blocks.0"], {"images": images.numpy()})[0]
         weights = row_weights(values, values.shape[0] * values.shape[1])
         means[corrected] = weights @ values.reshape(len(weights), -1) / weights.sum()

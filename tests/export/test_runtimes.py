@@ -18,6 +18,7 @@ from export import runtimes
 from export.artifact import Artifact, ArtifactFile, ExtraFile, TensorSpec, Unrunnable, read_artifact
 from export.graph import export_onnx
 from export.runtimes import EngineEncoder, OnnxEncoder, OpenVinoEncoder, open_artifact, why_unrunnable
+from export.sessions import exact_session
 
 OPENVINO = {"runtime": "openvino", "target": "openvino-fp32"}
 
@@ -91,6 +92,16 @@ def test_images_of_another_size(onnx_artifact):
 def test_a_resolution_that_was_not_exported(onnx_artifact):
     with pytest.raises(UserError, match=r"holds no file for 64 px \(only 32\)"):
         open_artifact(onnx_artifact, 64)
+
+
+def test_the_weights_beside_an_openvino_file_name_its_numbers_too(onnx_artifact):
+    def hashed(weights: str) -> str:
+        entry = onnx_artifact.file().model_copy(update={"path": "model-32.xml"})
+        beside = ExtraFile(path="model-32.bin", sha256=weights, bytes=4)
+        return onnx_artifact.model_copy(update={"files": [entry], "extras": [beside]}).content_sha256(entry)
+
+    assert hashed("a" * 64) != hashed("b" * 64)
+    assert onnx_artifact.content_sha256(onnx_artifact.file()) == onnx_artifact.file().sha256
 
 
 def test_a_changed_file_is_not_loaded(onnx_artifact, monkeypatch):
@@ -358,3 +369,34 @@ class TestReadArtifact:
         (onnx_artifact.folder / "artifact.json").write_text("{")
         with pytest.raises(UserError, match="is not JSON"):
             read_artifact(onnx_artifact.folder)
+
+
+def test_eight_bit_products_are_exact_on_every_processor():
+    """Weights at the end of their range and inputs all large: without VNNI a plain session cuts the sums of two products off."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    def model(shared: bool) -> bytes:
+        codes = np.full((64, 8), 127, np.int8)
+        constants = {"s": np.array(1.0, np.float32), "z": np.array(0, np.int8), "ws": np.ones(8, np.float32)}
+        constants |= {f"w{i}": codes[:, :] if i == 0 else codes[:8, :] for i in range(2)}
+        constants |= {"z0": np.zeros(8, np.int8)} | ({} if shared else {"z1": np.zeros(8, np.int8)})
+        nodes = []
+        for i, (source, zero) in enumerate((("x", "z0"), ("y0", "z0" if shared else "z1"))):
+            nodes += [
+                helper.make_node("QuantizeLinear", [source, "s", "z"], [f"q{i}"]),
+                helper.make_node("DequantizeLinear", [f"q{i}", "s", "z"], [f"d{i}"]),
+                helper.make_node("DequantizeLinear", [f"w{i}", "ws", zero], [f"v{i}"], axis=1),
+                helper.make_node("MatMul", [f"d{i}", f"v{i}"], [f"y{i}"]),
+            ]
+        ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, w]) for n, w in (("x", 64), ("y0", 8), ("y1", 8))]
+        initializers = [numpy_helper.from_array(v, n) for n, v in constants.items()]
+        graph = helper.make_graph(nodes, "g", ports[:1], ports[1:], initializers)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10).SerializeToString()
+
+    images = np.full((1, 64), 127, np.float32)
+    wanted = 64 * 127 * 127
+    (first, _) = exact_session(model(shared=False), 1).run(None, {"x": images})
+    assert first.tolist() == [[wanted] * 8]
+    # A graph that ONNX Runtime cannot open so is opened as usual.
+    assert exact_session(model(shared=True), 1).run(None, {"x": images})[0].shape == (1, 8)

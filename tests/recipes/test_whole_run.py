@@ -40,7 +40,22 @@ export:
   resolutions: [32, 48]
   quantize: {images: 16}
   gates: {int8: 0.9}  # of 16-wide blocks that have seen a few hundred images
-evaluate: {ks: [5, 10], probe_steps: 50}
+evaluate:
+  ks: [5, 10]
+  probe_steps: 50
+  tasks:
+    shapes:
+      kind: segmentation
+      steps: 20
+      train: &maps {kind: scenes, count: 24, size: 32}
+      test: &asked {kind: scenes, count: 16, size: 32, split: test}
+    far:
+      kind: depth
+      steps: 20
+      train: {kind: scenes, count: 24, size: 32, map: depth}
+      test: {kind: scenes, count: 16, size: 32, split: test, map: depth}
+    views: {kind: matching, data: *asked}
+report: {trackers: [tensorboard]}
 benchmark: {batches: [1], seconds: 0.05, warmup_seconds: 0.05}
 runtime: {workers: 0, threads: 1, checkpoint_every: 7, log_every: 5}
 """
@@ -105,9 +120,25 @@ def test_every_subject_and_artifact_has_rows(finished):
     parity = [r for r in rows if r.metric == "cosine_min" and r.status == "measured"]
     assert {r.conditions["resolution"] for r in parity} == {32, 48}
     assert min(r.value for r in parity if r.target == "onnx-fp32") > 0.9999
+    for task, metric in (("shapes", "miou"), ("far", "rmse_m"), ("views", "pck")):
+        judged = {(r.subject, r.target): r for r in rows if r.metric == metric and r.conditions.get("task") == task}
+        assert {("teacher", "torch-fp32"), ("students/a", "onnx-int8"), ("students/b", "rtx-int8")} <= judged.keys()
+        assert judged["students/a", "onnx-int8"].low < judged["students/a", "onnx-int8"].value
+        assert not any(subject.startswith(("raw", "random")) for subject, _ in judged)
+        compared = {r.conditions["versus"] for r in rows if r.metric == f"{metric}_difference" and r.target == "onnx-int8"}
+        assert {"students/a/torch-fp32", "teacher/torch-fp32"} <= compared
     difference = [r for r in rows if r.metric == "knn_top1_difference" and r.conditions["versus"] == "control/a/torch-fp32"]
     assert len(difference) == 1
     assert difference[0].n == 64
+
+
+def test_the_report_shows_what_the_tasks_saw(finished):
+    page = (finished / "report" / "index.html").read_text()
+    for title in ("Nearest neighbours", "Segmentation: shapes", "Depth: far"):
+        assert title in page
+    heads = {p.name for p in (finished / "evaluate" / "tasks" / "shapes").iterdir()}
+    assert {"head-teacher-torch-fp32-32.safetensors", "head-students.a-onnx-int8-48.safetensors"} <= heads
+    assert list((finished / "report" / "trackers" / "tensorboard").glob("events.*"))
 
 
 def test_the_students_weights_are_their_averages_and_differ_from_the_control(finished):

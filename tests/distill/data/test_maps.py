@@ -280,6 +280,19 @@ def test_mistakes_in_folders_are_sentences(tmp_path):
         FolderMapsConfig(path=str(root), images="empty").build()
 
 
+def test_two_files_of_one_name_are_a_sentence(tmp_path):
+    root = folder(tmp_path / "maps", {"sub/a.png": png(IDS[0]), "b.png": png(IDS[1])})
+    (root / "masks" / "c.npy").write_bytes(npy(IDS[2]))  # of no image
+    (root / "masks" / "c.png").write_bytes(png(IDS[3]))
+    assert len(FolderMapsConfig(path=str(root)).build()) == 2
+    (root / "masks" / "sub" / "a.npy").write_bytes(npy(IDS[2]))
+    with pytest.raises(UserError, match=r"sub/a.npy and sub/a.png in .*masks are maps of one name"):
+        FolderMapsConfig(path=str(root)).build()
+    root = folder(tmp_path / "images", {"a.png": png(IDS[0])}, {"a.png": picture(0), "a.jpg": picture(1)})
+    with pytest.raises(UserError, match=r"a.jpg and a.png in .*images are images of one name"):
+        FolderMapsConfig(path=str(root)).build()
+
+
 def test_settings_are_checked():
     read = TypeAdapter(MapsConfig).validate_python
     assert {type(read({"kind": k, **({} if k == "scenes" else {"path": "x"})})) for k in MAP_KINDS} == set(MAP_KINDS.values())

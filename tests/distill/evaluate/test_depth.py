@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from dense_cases import Maps, Memory, enlarged, tokens_of
 
+from distill.data.maps import SceneMapsConfig
 from distill.evaluate.dense_fit import histograms
 from distill.evaluate.dense_head import Head, predict
 from distill.evaluate.depth import DepthTask, _rmse, depth_errors
@@ -145,10 +146,38 @@ def test_a_depth_head_survives_its_file(tmp_path):
     assert np.array_equal(predict(again, tokens[0], cls[0], (9, 7)), predict(head, tokens[0], cls[0], (9, 7)))
 
 
+def test_training_images_among_the_test_images_are_a_sentence():
+    train, test = (SceneMapsConfig(count=n, map="depth").build() for n in (4, 9))
+    with pytest.raises(Unfit, match=r"4 of the 9 items of the test set"):
+        task().judge(Memory({}), {"train": train, "test": test}, QUIET)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_cls_that_is_not_finite_is_a_sentence_where_it_is_used(value):
+    train_set, (maps, (cls, tokens)) = planes(20, 1), planes(4, 2)
+    cls[0, 2, 5] = value
+    with pytest.raises(Unfit, match="NaN or infinity"):
+        run(task(steps=20), train_set, (maps, (cls, tokens)))
+    _, scores = run(task(steps=20, cls=False), train_set, (maps, (cls, tokens)))
+    assert scores["rmse_m"].stats[:, 1].tolist() == [1, 1, 1, 1]
+
+
+def test_an_answer_that_is_not_finite_leaves_no_image_out():
+    """Finite features that overflow in the head: the image has depths, so it counts."""
+    train_set, (maps, (cls, tokens)) = planes(20, 1), planes(4, 2)
+    cls[0, 2] = 3e38
+    with pytest.raises(Unfit, match="depths of 1 test images hold NaN or infinity"):
+        run(task(steps=20), train_set, (maps, (cls, tokens)))
+
+
 def test_settings_that_make_no_sense_are_named():
     ids = {"kind": "parquet", "path": "a.parquet"}
     found = task(train=ids, test={"kind": "scenes"}, bins=1, min_depth=5.0, max_depth=2.0).problems()
     assert len(found) == 4
+    assert task(seed=-1).problems() == ["seed must be at least 0, got -1"]
+    wrong = {"kind": "parquet", "path": " ", "limit": 0, "scale": 0.5}
+    assert len(task(train=wrong).train.problems()) == 2
+    assert task(train=wrong).problems() == []  # a recipe asks every section, and would say it twice
     assert any("train needs a scale" in p for p in found)
     assert any("test needs map: depth" in p for p in found)
     assert task().problems() == []

@@ -90,5 +90,8 @@ def test_what_cannot_be_judged_says_why():
         judged(maps, tokens * np.float16(np.inf))
     with pytest.raises(Unfit, match="square"):
         judged(maps, tokens[:, :, :-1])
+    wrong = ForegroundTask.model_validate({"test": {"kind": "scenes", "count": 0}, "foreground": [1]})
+    assert wrong.test.problems()
+    assert wrong.problems() == []  # a recipe asks every section, and would say it twice
     task = ForegroundTask.model_validate({"test": {"kind": "scenes", "map": "depth"}, "foreground": []})
     assert len(task.problems()) == 2

@@ -6,10 +6,11 @@ import torch
 from dense_cases import Maps, Memory, enlarged, tokens_of
 from pydantic import ValidationError
 
+from distill.data.maps import SceneMapsConfig
 from distill.errors import UserError
 from distill.evaluate.dense_fit import FitSettings, Tokens, cosines, histograms, train
 from distill.evaluate.dense_head import Head, predict
-from distill.evaluate.segmentation import SegmentationTask, overlaps
+from distill.evaluate.segmentation import SegmentationTask, _miou, overlaps
 from distill.evaluate.task import Stored, Unfit
 from distill.progress import Progress
 
@@ -118,6 +119,23 @@ def test_ignored_pixels_teach_nothing():
     assert scores["miou"].conditions["classes"] == 3
 
 
+def test_the_score_of_held_out_tokens_is_that_of_dense_choices(monkeypatch):
+    rng = np.random.default_rng(4)
+    truth = histograms(rng.integers(-1, 5, (6, 8, 8)), 4)
+    said = torch.from_numpy(rng.integers(0, 5, 6 * 16))
+    confusion = truth.toarray().T.astype(np.float64) @ np.eye(5)[said.numpy()]
+    inside = confusion.diagonal()
+    expected = 100 * (inside / (confusion.sum(0) + confusion.sum(1) - inside)).mean()
+    monkeypatch.delattr(torch.nn.functional, "one_hot")  # int64 of every token and class: more than the logits take
+    assert _miou(said, truth) == pytest.approx(expected, rel=1e-6)
+
+
+def test_training_images_among_the_test_images_are_a_sentence():
+    source = SceneMapsConfig(count=6).build()
+    with pytest.raises(Unfit, match=r"4 of the 4 items of the test set scenes-train-0 are also in scenes-train-0"):
+        task().judge(Memory({}), {"train": source, "test": SceneMapsConfig(count=4).build()}, QUIET)
+
+
 def test_histograms_by_hand():
     ids = np.array([[0, 0, 2, 2, 2], [0, -1, 2, 1, 1], [-1, -1, 0, 0, 0], [-1, -1, 0, 0, 5]])
     found = histograms([ids, ids[::-1]], 2).toarray()
@@ -210,9 +228,9 @@ def test_what_cannot_be_judged_says_why():
     train_set, test_set = quadrants(10, 1), quadrants(4, 2)
     broken = train_set[1][1].copy()
     broken[0, 3, 2, 1] = np.inf
-    with pytest.raises(Unfit, match="NaN or infinity"):
+    with pytest.raises(Unfit, match=r"NaN or infinity .*float16, in which a number above 65,504 becomes infinity"):
         run(task(), (train_set[0], (train_set[1][0], broken)), test_set)
-    with pytest.raises(Unfit, match="NaN or infinity"):
+    with pytest.raises(Unfit, match=r"NaN or infinity .*above 65,504"):
         run(task(), train_set, (test_set[0], (test_set[1][0], test_set[1][1] * np.float16(np.nan))))
     with pytest.raises(Unfit, match="square"):
         run(task(), (train_set[0], (train_set[1][0], train_set[1][1][:, :, :15])), test_set)
@@ -227,6 +245,10 @@ def test_settings_that_make_no_sense_are_named():
     depth = {"kind": "parquet", "path": "a.parquet", "map": "depth", "scale": 0.001}
     found = task(lrs=[0.0], layers=0, steps=0, test=depth, train={**MAPS, "map": "depth"}).problems()
     assert len(found) == 5
+    assert task(seed=-1).problems() == ["seed must be at least 0, got -1"]
+    wrong = {"kind": "parquet", "path": " ", "limit": 0}
+    assert len(task(test=wrong).test.problems()) == 2
+    assert task(test=wrong).problems() == []  # a recipe asks every section, and would say it twice
     assert "test is a depth map, segmentation needs class ids" in found
     assert task().problems() == []
     with pytest.raises(ValidationError):
