@@ -231,12 +231,13 @@ def add_latency(
     by_count[len(result.kept)] = chosen
     indices = list(by_count.values())
     picked = sorted({indices[i * (len(indices) - 1) // max(TIMED - 2, 1)] for i in range(TIMED - 1)} | {chosen})
-    cases = []
+    cases: list[tuple[Case, timing.Runnable]] = []
     for i in picked:
         candidate = make(frozenset(result.curve[i]["kept"]))
         case = Case("all", str(i), resolution, lambda _: candidate.encoder)  # noqa: B023  it is never opened again
         cases.append((case, candidate.encoder))
-    with timing.torch_threads(threads or settings.threads or usable_threads()):
+    counts = settings.threads if isinstance(settings.threads, list) else [settings.threads]
+    with timing.torch_threads(threads or counts[0] or usable_threads()):
         timed = time_batch(settings, 1, cases, time.perf_counter)
     curve = list(result.curve)
     for i, t in zip(picked, timed, strict=True):

@@ -275,7 +275,7 @@ def _paired_predictions(a: Side, b: Side, row: Row) -> tuple[float, float] | Non
     same = one.about[key].get("data_fingerprint") == other.about[key].get("data_fingerprint")
     if not same or len(one.index) != len(other.index) or not bool((one.index == other.index).all()):
         return None
-    found = paired(*right)
+    found = paired(right[0], right[1])
     return found.low, found.high
 
 

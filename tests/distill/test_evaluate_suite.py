@@ -363,3 +363,18 @@ def test_config_problems():
     bad = EvaluateConfig(ks=[0, 5], temperature=0.0, shots=-1, probe_lrs=[], probe_steps=0)
     assert len(bad.problems()) == 5
     assert EvaluateConfig(ks=[5, 5]).problems()
+
+
+def test_an_accidental_duplicate_refuses_nothing_and_is_told(tmp_path):
+    for split, n in (("train", 6), ("test", 110)):
+        for i in range(n):
+            path = tmp_path / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), (7 * i + (split == "test")) % 251, np.uint8)).save(path)
+    copied = tmp_path / "train" / "a" / "0.png"
+    (tmp_path / "test" / "a" / "copy.png").write_bytes(copied.read_bytes())
+    train, test = (FolderConfig(path=str(tmp_path / split), labels=True).build() for split in ("train", "test"))
+    assert align(train, test).conditions()["test_in_gallery"] == 1
+    for i in range(6):
+        (tmp_path / "test" / "b" / f"copy{i}.png").write_bytes(copied.read_bytes())
+    assert "are also in" in align(train, FolderConfig(path=str(tmp_path / "test"), labels=True).build())
