@@ -377,4 +377,3 @@ def parse_manifest(text: bytes, limits: Limits) -> Manifest:
     if problems := manifest.problems(limits):
         raise Refused(problems[0])
     return manifest
-

@@ -315,7 +315,7 @@ def test_kill_leaves_nothing_under_the_final_name(tmp_path):
     child = os.fork()
     if child == 0:
         building.pieces = lambda content: (time.sleep(0.3) or piece for piece in pieces(content))
-        building.write(out, {"files": listed}, files, QUIET)
+        building.write(out, {MANIFEST: json.dumps({"files": listed}).encode()}, files, QUIET)
         os._exit(0)
     end = time.monotonic() + 20
     while time.monotonic() < end and sum(p.stat().st_size for p in tmp_path.iterdir()) < 1 << 20:

@@ -21,7 +21,8 @@ import pytest
 
 from distill.errors import GateFailed, UserError
 from export.archive import GZIP, Limits, bad_name, tar_header, write_archive
-from export.verify import MANIFEST, REQUIRED, SIGNATURE, unpack, verify
+from export.dsse import SIGNATURE
+from export.verify import MANIFEST, REQUIRED, unpack, verify
 
 WEIGHTS = "artifacts/onnx-fp32/model_8.onnx"
 OLD_TAR = {"format": tarfile.USTAR_FORMAT}
@@ -118,7 +119,7 @@ def test_good(tmp_path):
     path = tmp_path / "small.tar.gz"
     path.write_bytes(GOOD)
     result = verify(path)
-    assert (result.files, result.packed, result.signature) == (len(contents()), len(GOOD), "none")
+    assert (result.files, result.packed, result.signature) == (len(contents()), len(GOOD), "not signed")
     assert result.manifest_sha256 == hashlib.sha256(members()[0][1]).hexdigest()
     assert "student small as onnx-fp32" in result.summary()
     unpack(path, tmp_path / "out")
@@ -147,14 +148,21 @@ def test_write_archive_refuses_what_verify_would(tmp_path):
 
 
 def test_signature_has_its_place_after_the_manifest(tmp_path):
-    path, parts, signature = tmp_path / "b.tar.gz", members(), (tar_header(SIGNATURE, 2), b"{}")
-    path.write_bytes(packed(tar([parts[0], signature, *parts[1:]])))
-    assert verify(path).signature == "present, not checked"
+    """What is in it: test_signing.py."""
+    parts, signature = members(), (tar_header(SIGNATURE, 2), b"{}")
+    refused(tmp_path, packed(tar([parts[0], signature, *parts[1:]])), "signature.json is no DSSE envelope")
     refused(tmp_path, packed(tar([*parts, signature])), "signature.json is in the archive and not in the manifest")
-    refused(tmp_path, packed(tar([parts[0], signature, signature, *parts[1:]])), "signature.json")
+    refused(tmp_path, packed(tar([signature, *parts])), "its first file is signature.json")
     refused(tmp_path, packed(tar([parts[0], (tar_header(SIGNATURE, 3), b"no!"), *parts[1:]])), "signature.json is not proper")
-    big = tar_header(SIGNATURE, 1 << 20), bytes(1 << 20)
-    refused(tmp_path, packed(tar([parts[0], big, *parts[1:]])), "signature.json has 1048576 bytes")
+    big = tar_header(SIGNATURE, 5 << 20), bytes(5 << 20)
+    refused(tmp_path, packed(tar([parts[0], big, *parts[1:]])), "signature.json has 5242880 bytes")
+
+
+def test_a_name_of_a_million_slashes_is_cheap(tmp_path):
+    """Every folder above a name, half a million of them, would take hours and all memory."""
+    began = time.perf_counter()
+    refused(tmp_path, changed("files", 0, "path", to="a/" * 450_000), "is empty or longer than 100")
+    assert time.perf_counter() - began < 10
 
 
 # ---- the file
