@@ -5,9 +5,11 @@ from typing import Any
 
 from export.archive import Refused, shown
 
+MAX_KEYS = 1_000  # of one object: each unknown one is an error of its own to the schema, which costs a hundred times its bytes
+
 
 def parse_json(text: bytes, name: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys and without NaN.
+    """A JSON object without duplicate keys, objects of very many keys, and NaN.
 
     Args:
         text: short, as it is held in memory. name: of the file, for the sentence.
@@ -18,6 +20,8 @@ def parse_json(text: bytes, name: str) -> dict[str, Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(result := dict(items)) < len(items):
             raise ValueError("a key appears twice")
+        if len(items) > MAX_KEYS:
+            raise ValueError(f"an object has more than {MAX_KEYS} keys")
         return result
 
     def constant(word: str) -> None:

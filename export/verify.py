@@ -148,7 +148,7 @@ class Manifest(Strict):
         folded = Counter(n.casefold() for n in names)  # some file systems take a.onnx and A.onnx for one
         folders = {n.rsplit("/", i)[0] for n in folded for i in range(1, n.count("/") + 1)}
         found += [f"{shown(n)} is listed twice" for n, count in folded.items() if count > 1]
-        found += [f"{shown(n)} is both a file and a folder" for n in folded if n in folders]
+        found += [f"{shown(n)} is both a file and a folder" for n in [*folded, MANIFEST, SIGNATURE] if n in folders]
         found += [f"its manifest lists {n}, which is never listed" for n in (MANIFEST, SIGNATURE) if n in folded]
         if names != sorted(names):
             found.append("the manifest's files are not in the order of their names")
