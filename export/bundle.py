@@ -91,7 +91,7 @@ class BundleConfig(Config):
         try:  # now, not after hours of training
             self.key()
         except UserError as e:
-            found.append(f"sign_key: {e}")
+            found.append(f"sign_key cannot be used: {e}")
         return found
 
     def key(self) -> PrivateKey | None:

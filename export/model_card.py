@@ -18,11 +18,25 @@ TEMPLATE = Path(__file__).parent / "templates" / "bundle" / "MODEL_CARD.md.j2"
 QUALITY = frozenset(METRICS) - {"load_s", "peak_memory_mb", "build_s", "noise_floor_percent", "class_iou", "size_mb"} | {
     "cosine_min"
 }
-SETTINGS = ("task", "data", "classes", "k", "shots", "batch", "threads", "device", "runtime", "versus", "output", "source")
+SETTINGS = (
+    "task",
+    "data",
+    "resolution",
+    "classes",
+    "k",
+    "shots",
+    "batch",
+    "threads",
+    "device",
+    "runtime",
+    "versus",
+    "output",
+    "source",
+)
 UNITS = {"_ms": " ms", "_mj_per_image": " mJ", "_m": " m", "images_per_s": " images/s"}
 PERCENT = ("_top1", "_top1_difference", "micro_ap", "miou", "foreground_iou", "pixel_accuracy", "map", "recall_at_k", "pck")
 INTENDED = (
-    "Features of natural-looking images like those of the training data: retrieval, nearest-neighbour and linear classification, "
+    "Features of images like those of the training data: retrieval, nearest-neighbour and linear classification, "
     "and, from the patches, segmentation, depth and matching with a small head trained on top."
 )
 LIMITS = (
@@ -30,7 +44,7 @@ LIMITS = (
     "Images unlike the training data, in content, optics or preprocessing, may give features of any quality; nothing reports it.",
     "Neither fairness towards groups of people nor robustness against deliberate attacks was measured.",
 )
-WEIGHTS_LICENCE = "follows from the training data and the teacher named here; this file grants none"
+WEIGHTS_LICENCE = "follows from the training data and the teacher; this file grants none"
 
 
 def shown(rows: Sequence[Row], targets: Sequence[str]) -> list[Row]:

@@ -17,6 +17,7 @@ from export.model_card import INTENDED, LIMITS, WEIGHTS_LICENCE, conditions, mis
 from export.provenance import BUILDER
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
+OURS = [{"license": {"id": "Apache-2.0"}}]
 STUDENT, TEACHER, DATA = "model/student", "model/teacher", "data/train"
 
 Json = dict[str, Any]
@@ -41,7 +42,7 @@ def sbom(
         "specVersion": "1.6",
         "version": 1,
         "metadata": {
-            "tools": {"components": [{"type": "application", "name": "decant-vision", "version": decant}]},
+            "tools": {"components": [{"type": "application", "name": "decant-vision", "version": decant, "licenses": OURS}]},
             "component": the_student(student, about, origins),
         },
         "components": [*files, *origins, *libraries],
