@@ -34,7 +34,7 @@ SETTINGS = (
     "source",
 )
 UNITS = {"_ms": " ms", "_mj_per_image": " mJ", "_m": " m", "images_per_s": " images/s"}
-PERCENT = ("_top1", "_top1_difference", "micro_ap", "miou", "foreground_iou", "pixel_accuracy", "map", "recall_at_k", "pck")
+PERCENT = ("_top1", "micro_ap", "miou", "foreground_iou", "pixel_accuracy", "map", "recall_at_k", "pck")
 INTENDED = (
     "Features of images like those of the training data: retrieval, nearest-neighbour and linear classification, "
     "and, from the patches, segmentation, depth and matching with a small head trained on top."
@@ -48,20 +48,30 @@ WEIGHTS_LICENCE = "follows from the training data and the teacher; this file gra
 
 
 def shown(rows: Sequence[Row], targets: Sequence[str]) -> list[Row]:
-    """The measured rows that a reader of the card asks for, in the order of the run's rows."""
+    """The measured rows that a reader of the card asks for, target by target, else in the order of the run's rows."""
     wanted = QUALITY | {f"{m}_difference" for m in QUALITY}
-    return [r for r in rows if r.status == "measured" and r.metric in wanted and r.target in targets]
+    found = [r for r in rows if r.status == "measured" and r.metric in wanted and r.target in targets]
+    return sorted(found, key=lambda r: targets.index(r.target))
 
 
 def missing(rows: Sequence[Row], targets: Sequence[str]) -> list[str]:
-    """What was not measured, a sentence each."""
-    found = [r for r in rows if r.status == "not measured" and r.metric in QUALITY and r.target in targets]
-    return list(dict.fromkeys(f"{r.metric} of {r.target}: {r.reason}" for r in found))
+    """What was not measured, a line for each target and reason."""
+    found: dict[tuple[str, str | None], list[str]] = {}
+    for r in rows:
+        if r.status == "not measured" and r.metric in QUALITY and r.target in targets:
+            found.setdefault((r.target, r.reason), []).append(r.metric)
+    return [f"{', '.join(dict.fromkeys(metrics))} of {target}: {reason}" for (target, reason), metrics in found.items()]
 
 
 def number(row: Row) -> str:
     """ "84.3 % [83.2, 85.3], n = 5000"."""
-    unit = " %" if row.metric.endswith(PERCENT) else next((u for end, u in UNITS.items() if row.metric.endswith(end)), "")
+    if row.metric == "cosine_min":  # what matters is how far it is from 1
+        return f"{row.value:.6f}, n = {row.n}"
+    metric = row.metric.removesuffix("_difference")
+    if metric.endswith(PERCENT):
+        unit = " %" if metric == row.metric else " points"
+    else:
+        unit = next((u for end, u in UNITS.items() if metric.endswith(end)), "")
     interval = "" if row.low is None or row.high is None else f" [{row.low:.4g}, {row.high:.4g}]"
     return f"{row.value:.4g}{unit}{interval}" + ("" if row.n is None else f", n = {row.n}")
 

@@ -68,7 +68,7 @@ def sign_bundle(path: Path, key: PrivateKey, out: Path | None = None, limits: Li
                 except ValueError as e:
                     raise Refused(f"it changed while it was read ({e})") from e
                 verify(part, limits, Trust((key.public,)))
-        except PermissionError as e:
+        except OSError as e:
             raise UserError(f"{out} cannot be written ({e.strerror}); name another file with --out.") from e
     return verify(out, limits, Trust((key.public,)))
 

@@ -53,9 +53,10 @@ def rows() -> list[Row]:
         Row(metric="images_per_s", value=812.3, conditions={"resolution": 48, "batch": 8}, **at),
         Row(metric="energy_mj_per_image", value=3.0, conditions={"resolution": 48}, **at),
         Row(metric="rmse_m", value=0.25, conditions={"task": "depth | indoors"}, **at),
+        Row(metric="cosine_min", value=0.9999996, n=64, **at),
         Row(metric="feature_std", value=1.0, **at),
         Row(metric="knn_top1", value=1.0, subject="students/small", target="rtx-int8"),
-        not_measured("miou", "students/small", "onnx-int8", "there are no masks"),
+        *(not_measured(m, "students/small", "onnx-int8", "there are no masks") for m in ("miou", "foreground_iou", "miou")),
     ]
 
 
@@ -88,7 +89,7 @@ def test_what_the_bill_says():
     first, second = (parts[f"artifacts/onnx-int8/model_{r}.onnx"] for r in (32, 48))
     assert first["hashes"] == [{"alg": "SHA-256", "content": f"{32:064x}"}]
     metrics = {m["type"]: m for m in first["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]}
-    assert set(metrics) == {"knn_top1", "knn_top1_difference", "latency_p50_ms", "rmse_m"}
+    assert set(metrics) == {"knn_top1", "knn_top1_difference", "latency_p50_ms", "rmse_m", "cosine_min"}
     assert metrics["knn_top1"] == {
         "type": "knn_top1",
         "value": "84.26",
@@ -98,7 +99,7 @@ def test_what_the_bill_says():
     assert metrics["latency_p50_ms"]["value"] == "1.2345678"  # nothing is rounded before a page
     assert "images_per_s" in {m["type"] for m in second["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]}
     limits = first["modelCard"]["considerations"]["technicalLimitations"]
-    assert limits == ["not measured: miou of onnx-int8: there are no masks"]
+    assert limits == ["not measured: miou, foreground_iou of onnx-int8: there are no masks"]
     refs = [student["bom-ref"], *parts]
     assert len(refs) == len(set(refs)) == 1 + len(bom["components"])
     for entry in bom["dependencies"]:
@@ -124,14 +125,15 @@ def test_packages():
 
 
 def test_numbers():
-    written = {r.metric: (number(r), conditions(r)) for r in rows()[:6]}
+    written = {r.metric: (number(r), conditions(r)) for r in rows()[:7]}
     assert written == {
         "knn_top1": ("84.26 % [83.2, 85.3], n = 5000", "data scenes-test-1, resolution 32, k 10"),
-        "knn_top1_difference": ("0.1 % [-0.3, 0.5], n = 5000", "resolution 32, versus x"),
+        "knn_top1_difference": ("0.1 points [-0.3, 0.5], n = 5000", "resolution 32, versus x"),
         "latency_p50_ms": ("1.235 ms, n = 20", "resolution 32, batch 1, threads 2"),
         "images_per_s": ("812.3 images/s", "resolution 48, batch 8"),
         "energy_mj_per_image": ("3 mJ", "resolution 48"),
         "rmse_m": ("0.25 m", "task depth | indoors"),
+        "cosine_min": ("1.000000, n = 64", ""),
     }
     assert cell("a | b\nc") == "a \\| b c"
 
@@ -140,7 +142,7 @@ def test_the_card():
     card = model_card("small", [artifact()], rows(), ABOUT).decode()
     assert "| `onnx-int8` | knn_top1 | 84.26 % [83.2, 85.3], n = 5000 | data scenes-test-1, resolution 32, k 10 |" in card
     assert "task depth \\| indoors" in card
-    assert "- miou of onnx-int8: there are no masks" in card
+    assert "- miou, foreground_iou of onnx-int8: there are no masks" in card
     assert "data: scenes-train-1, fingerprint `3333333333333333`" in card
     assert "Input: RGB, 32 px, 48 px" in card
     assert "rtx-int8" not in card  # what is not in the bundle

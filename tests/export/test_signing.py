@@ -271,6 +271,9 @@ def test_sign_refuses(bundle, pair, tmp_path):
         sign_bundle(bundle, pair[0])
     with pytest.raises(UserError, match="is not a file"):
         sign_bundle(tmp_path / "none.tar.gz", pair[0])
+    lineage.write_bytes(packed(tar(members(files()))))
+    with pytest.raises(UserError, match=r"small.tar.gz/b.tar.gz cannot be written"):
+        sign_bundle(lineage, pair[0], bundle / "b.tar.gz")
     bundle.write_bytes(bundle.read_bytes()[:-3])
     with pytest.raises(GateFailed, match="was refused"):
         sign_bundle(bundle, pair[0])
