@@ -27,6 +27,8 @@ TEST = [
     "gradio>=6.0",
     "av>=14",
     "tensorboard>=2.18",
+    "cyclonedx-python-lib[json-validation]>=8",  # holds CycloneDX's schema, to validate what bundles carry
+    "securesystemslib[crypto]>=1.0",  # in-toto's own reader of DSSE envelopes
 ]
 
 setup(
@@ -62,6 +64,7 @@ setup(
         "rich>=13",
         "jinja2>=3.1",
         "psutil>=6",
+        "cryptography>=43",  # Ed25519 for bundles; the standard library has none, and nobody should write his own
         RTX,
     ],
     extras_require={

@@ -47,7 +47,7 @@ class Limits:
     """
 
     manifest: int = 1 << 20
-    signature: int = 64 << 10
+    signature: int = 4 << 20  # 5,000 files with their hashes, in base64
     file: int = MAX_FILE
     total: int = 64 << 30
     files: int = 5_000

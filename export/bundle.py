@@ -1,15 +1,17 @@
 """The bundle: one deterministic archive with everything that a device needs to run a student, and to prove that it runs right.
 
-manifest.json         what the other files are (see verify.py); signature.json may one day stand beside it
+manifest.json         what the other files are (see verify.py); in a signed bundle signature.json (dsse.py) follows
 artifacts/TARGET/     artifact.json and the artifact's files, as exported
 preprocess.{py,json}  a copy of distill/data/preprocess.py, and its settings per resolution
 golden/               raw images (.png), their tensors (.npy), expected outputs per artifact (.npz)
 infer.py selftest.py  a runtime sample and the self-test; numpy, Pillow and a runtime are all they need
-report/  lineage.json  README.md  LICENSE
+report/               the run's report
+lineage.json          what the model was made from; MODEL_CARD.md and sbom.cdx.json tell it to people and to other tools
+README.md  LICENSE
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,12 +33,18 @@ from distill.errors import GateFailed, UserError
 from distill.files import replacing, sha256_file
 from distill.models.checkpoints import load_backbone, model_info
 from distill.progress import Progress
+from distill.rows import Row
 from export import golden
 from export.archive import CHUNK, bad_name, write_archive
 from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile, Precision
+from export.dsse import SIGNATURE
 from export.golden import PREPROCESS, SAME, SOURCE, Tolerance
+from export.keys import PrivateKey, PublicKey, read_private
+from export.model_card import model_card
+from export.sbom import sbom
+from export.signing import LINEAGE, first_envelope
 from export.targets import SPECS
-from export.verify import FORMAT, MANIFEST, verify
+from export.verify import ANYONE, FORMAT, MANIFEST, Trust, verify
 
 TEMPLATES = Path(__file__).parent / "templates" / "bundle"
 REPORT_SUFFIXES = (".html", ".json", ".csv", ".md")
@@ -58,6 +66,8 @@ class BundleConfig(Config):
         tolerances: per precision, for expected outputs that the artifact computed itself. What is left out is `golden.SAME`.
         source_tolerances: for those from what an artifact was made from, where it could not run. Left out: `golden.SOURCE`.
         layout: how the files lie in the archive.
+        sign_key: the private key (`decant keygen`) that signs every bundle of the run; relative to where the command runs. Of an
+            encrypted one the passphrase is in the environment variable DECANT_KEY_PASSPHRASE.
     """
 
     targets: list[str] | None = None
@@ -65,6 +75,7 @@ class BundleConfig(Config):
     tolerances: dict[Precision, Tolerance] = Field(default_factory=dict)
     source_tolerances: dict[Precision, Tolerance] = Field(default_factory=dict)
     layout: Literal["plain"] = "plain"
+    sign_key: str | None = None
 
     def problems(self) -> list[str]:
         """What contradicts itself in these settings, one sentence each."""
@@ -77,7 +88,19 @@ class BundleConfig(Config):
             for precision, tolerance in given.items():
                 if not (-1 <= tolerance.cosine_min <= 1 and 0 <= tolerance.max_abs < float("inf")):
                     found.append(f"{name}.{precision}: cosine_min must lie in -1..1 and max_abs be at least 0")
+        try:  # now, not after hours of training
+            self.key()
+        except UserError as e:
+            found.append(f"sign_key cannot be used: {e}")
         return found
+
+    def key(self) -> PrivateKey | None:
+        """The key that signs.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return None if self.sign_key is None else read_private(Path(self.sign_key).expanduser())
 
     def tolerance(self, precision: Precision, same: bool) -> Tolerance:
         """For outputs of the artifact itself (`same`) or of its source."""
@@ -96,6 +119,7 @@ def build_bundle(
     lineage: Json,
     out: Path,
     progress: Progress,
+    rows: Sequence[Row] = (),
 ) -> Path:
     """Write `out`, a .tar.gz that `verify` accepts; the same inputs give the same bytes. It is whole or not there.
 
@@ -105,12 +129,13 @@ def build_bundle(
         model_folder: the student in PyTorch: the last source of expected outputs, and part of the lineage.
         golden_images: at least `config.golden_images`; more are ignored.
         lineage: what the model was made from (JSON), e.g. teacher, data, licences.
+        rows: what was measured of this student, for its model card.
 
     Raises:
-        UserError: a chosen artifact does not exist or was changed, or there are too few images.
+        UserError: a chosen artifact does not exist or was changed, there are too few images, or the key cannot be read.
         GateFailed: a model gives NaN on a golden image, or the archive does not verify.
     """
-    chosen = choose(config, artifacts)
+    chosen, key = choose(config, artifacts), config.key()
     if len(golden_images) < (need := config.golden_images):
         raise UserError(f"The bundle needs {need} golden images and got {len(golden_images)}; lower bundle.golden_images.")
     settings = preprocess_settings(chosen)
@@ -121,9 +146,14 @@ def build_bundle(
     files["preprocess.json"] = as_json({"resolutions": {str(r): p.to_json() for r, p in settings.items()}})
     files |= {name: TEMPLATES / name for name in ("infer.py", "selftest.py", "LICENSE")}
     files |= report_files(report_folder)
-    files["lineage.json"] = as_json({"student": student, "run": run, "model": model_lineage(model_folder), "lineage": lineage})
+    about = {"student": student, "run": run, "model": model_lineage(model_folder), "lineage": lineage}
+    files[LINEAGE] = as_json(about)
+    files["MODEL_CARD.md"] = model_card(student, chosen, rows, about)
+    files["sbom.cdx.json"] = as_json(sbom(student, decant_version(), chosen, rows, about, built_with()))
     files["README.md"] = readme(student, chosen, report="report/index.html" in files)
-    write(out, manifest(config, student, chosen, vectors, expected, files), files, progress)
+    text = as_json(manifest(config, student, chosen, vectors, expected, files))
+    signature = {} if key is None else {SIGNATURE: signed(text, about, key)}
+    write(out, {MANIFEST: text, **signature}, files, progress, None if key is None else key.public)
     return out
 
 
@@ -213,13 +243,12 @@ def manifest(
     files: dict[str, Content],
 ) -> Json:
     """The value of manifest.json; `verify.Manifest` is its schema."""
-    versions = {"python": python_version(), "numpy": np.__version__, "pillow": PIL.__version__, "torch": str(torch.__version__)}
     return {
         "format": FORMAT,
         "layout": config.layout,
         "student": student,
         "decant": decant_version(),
-        "built_with": versions,
+        "built_with": built_with(),
         "artifacts": [described(a, expected) for a in chosen],
         "golden": vectors,
         "files": [{"path": name, "bytes": size(files[name]), "sha256": hashed(files[name])} for name in sorted(files)],
@@ -255,16 +284,32 @@ def described(artifact: Artifact, expected: dict[str, Json]) -> Json:
     return {**same, "files": files, "compatibility": where}
 
 
-def write(out: Path, manifest: Json, files: dict[str, Content], progress: Progress) -> None:
-    """Write the archive beside `out`, verify it, rename it."""
+def built_with() -> dict[str, str]:
+    """What computes the golden data."""
+    return {"python": python_version(), "numpy": np.__version__, "pillow": PIL.__version__, "torch": str(torch.__version__)}
+
+
+def signed(text: bytes, about: Json, key: PrivateKey) -> bytes:
+    """signature.json for a manifest of these bytes."""
+    return first_envelope(json.loads(text), sha256(text).hexdigest(), about, key).to_bytes()
+
+
+def write(
+    out: Path, first: dict[str, bytes], files: dict[str, Content], progress: Progress, signer: PublicKey | None = None
+) -> None:
+    """Write the archive beside `out`, verify it, rename it.
+
+    Args:
+        first: the manifest and, in a signed bundle, the signature. signer: who must have signed it.
+    """
     for name in files:
         if reason := bad_name(name):
             raise UserError(f"This file cannot go into a bundle: {reason}; rename it.")
-    text = as_json(manifest)
 
     def members() -> Iterator[tuple[str, int, Iterator[bytes]]]:
-        yield MANIFEST, len(text), iter([text])
-        for entry in manifest["files"]:
+        for name, text in first.items():
+            yield name, len(text), iter([text])
+        for entry in json.loads(first[MANIFEST])["files"]:
             yield entry["path"], entry["bytes"], pieces(files[entry["path"]])
             task.advance()
 
@@ -272,7 +317,7 @@ def write(out: Path, manifest: Json, files: dict[str, Content], progress: Progre
         try:
             with progress.task(f"bundle {out.name}", len(files), "files") as task:
                 write_archive(part, members())
-            verify(part)
+            verify(part, trust=ANYONE if signer is None else Trust((signer,)))
         except (GateFailed, ValueError) as e:  # a file changed meanwhile, or is larger than a bundle may be
             raise GateFailed(f"{out} was not written, because the archive does not verify ({e}).") from e
 

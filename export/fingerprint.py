@@ -54,9 +54,13 @@ def fingerprint() -> dict[str, Any]:
         "gpus": _gpus(),
         "os": f"{platform.system()} {_release()} {platform.machine()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _commit(),
+        **code(),
     }
+
+
+def code() -> dict[str, Any]:
+    """What computed: `packages` and `commit`, as in `fingerprint`. The same on every machine that has the same installed."""
+    return {"packages": {name: version for name in PACKAGES if (version := _version(name))}, "commit": _commit()}
 
 
 def usable_threads() -> int:

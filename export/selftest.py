@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from distill.errors import EnvironmentFailed, GateFailed
 from distill.progress import Progress
 from export.archive import shown
-from export.verify import unpack, verify
+from export.verify import ANYONE, Trust, unpack, verify
 
 TIMEOUT_S = 1800.0
 MAX_OUTPUT = 4 << 20
@@ -31,23 +31,26 @@ class SelftestResult(BaseModel):
         return f"{self.status}  {shown(self.check):<12}  {''.join(c if c.isprintable() else '?' for c in self.text)}"
 
 
-def selftest(path: Path, progress: Progress, seconds: float = 0.5, timeout: float = TIMEOUT_S) -> list[SelftestResult]:
+def selftest(
+    path: Path, progress: Progress, seconds: float = 0.5, timeout: float = TIMEOUT_S, trust: Trust = ANYONE
+) -> list[SelftestResult]:
     """Run a bundle's self-test here and say each result.
 
     The bundle's selftest.py runs in this Python's isolated mode: no PYTHONPATH, no user packages, nothing of this program. It
-    is code of the bundle nevertheless; hashes do not tell who wrote it.
+    is code of the bundle nevertheless; hashes do not tell who wrote it, `trust` does.
 
     Args:
         seconds: time for the latency of each file; 0 leaves it out.
         timeout: seconds after which the test counts as failed.
+        trust: who must have signed the bundle.
     Raises:
         GateFailed: the bundle does not verify, or a check fails.
         EnvironmentFailed: none of its artifacts can run here, or the disk is full.
         UserError: there is no such file.
     """
-    progress.say(verify(path).summary())
+    progress.say(verify(path, trust=trust).summary())
     with tempfile.TemporaryDirectory(prefix="decant-selftest-", ignore_cleanup_errors=True) as folder:
-        unpack(path, Path(folder))  # verifies again what it writes: what runs is what was checked
+        unpack(path, Path(folder), trust=trust)  # verifies again what it writes: what runs is what was checked
         report = run_in(Path(folder), path, seconds, timeout)
     results = read_results(report, path)
     for result in results:

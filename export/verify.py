@@ -3,26 +3,29 @@
 A bundle is an archive in the one form of `archive.py`: `manifest.json` first, then `signature.json` where there is one, then
 exactly the files that the manifest lists, in the order of their names.
 
-A hash proves that a file is the one the manifest means, not who wrote the manifest. That is the place of `signature.json`, an
-Ed25519 signature over the bytes of `manifest.json` and the only file that is listed nowhere. This version notes that it is
-there and does not check it.
+A hash proves that a file is the one the manifest means, not who wrote the manifest. That is the place of `signature.json`
+(dsse.py), the only file that is listed nowhere. It is checked as soon as it is read: before any other file is, and long before
+anyone opens one.
 """
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar
+from typing import Annotated, BinaryIO, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from distill.errors import EnvironmentFailed, GateFailed, UserError
 from export.archive import LIMITS, MAX_FILE, ArchiveReader, Limits, Refused, bad_name, shown
+from export.dsse import SIGNATURE, read_envelope
+from export.keys import PublicKey
+from export.strict_json import parse_json
 
 FORMAT = "decant-bundle-1"
-MANIFEST, SIGNATURE = "manifest.json", "signature.json"
+MANIFEST = "manifest.json"
 REQUIRED = ("LICENSE", "README.md", "infer.py", "lineage.json", "preprocess.json", "preprocess.py", "selftest.py")
 
 
@@ -140,11 +143,12 @@ class Manifest(Strict):
         names = [f.path for f in self.files]
         if len(names) > limits.files:
             return [f"it lists {len(names)} files, more than {limits.files}"]
-        found = [reason for name in names if (reason := bad_name(name))]
+        if found := [reason for name in names if (reason := bad_name(name))]:
+            return found  # what follows would take hours on one name of a million slashes
         folded = Counter(n.casefold() for n in names)  # some file systems take a.onnx and A.onnx for one
         folders = {n.rsplit("/", i)[0] for n in folded for i in range(1, n.count("/") + 1)}
         found += [f"{shown(n)} is listed twice" for n, count in folded.items() if count > 1]
-        found += [f"{shown(n)} is both a file and a folder" for n in folded if n in folders]
+        found += [f"{shown(n)} is both a file and a folder" for n in [*folded, MANIFEST, SIGNATURE] if n in folders]
         found += [f"its manifest lists {n}, which is never listed" for n in (MANIFEST, SIGNATURE) if n in folded]
         if names != sorted(names):
             found.append("the manifest's files are not in the order of their names")
@@ -175,6 +179,34 @@ class Manifest(Strict):
         golden = self.golden.images + [g.path for g in self.golden.inputs]
         return [f.path for f in files] + [f.expected.path for f in files] + golden
 
+    def subjects(self, manifest_sha256: str) -> dict[str, str]:
+        """file -> sha256 of everything that a signature vouches for, in the order of the archive."""
+        return {MANIFEST: manifest_sha256} | {f.path: f.sha256 for f in self.files}
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whom a bundle must come from.
+
+    Attributes:
+        keys: one of them must have signed it; none: anyone may have, or nobody.
+        required: it must be signed, whoever did.
+    """
+
+    keys: tuple[PublicKey, ...] = ()
+    required: bool = False
+
+    def check(self, signers: tuple[PublicKey, ...]) -> None:
+        """Refuse a bundle that nobody in question signed; its signatures themselves were tested before."""
+        if not signers and (self.keys or self.required):
+            raise Refused("it is not signed, and a signature is asked for")
+        if self.keys and not set(self.keys) & set(signers):
+            theirs, asked = (", ".join(sorted(k.key_id for k in keys)) for keys in (signers, self.keys))
+            raise Refused(f"it is signed by {theirs} and not by {asked}, as asked")
+
+
+ANYONE = Trust()
+
 
 @dataclass(frozen=True)
 class VerifyResult:
@@ -182,8 +214,8 @@ class VerifyResult:
 
     Attributes:
         files: listed files. packed, unpacked: bytes of the archive, and of all files.
-        manifest_sha256: identifies the bundle; it is also what a signature signs.
-        signature: "none", or "present, not checked".
+        manifest_sha256: identifies the bundle; with the files' own, it is what a signature signs.
+        signers: keys whose signatures are right. trusted: those of them that the user named.
     """
 
     path: Path
@@ -192,28 +224,39 @@ class VerifyResult:
     files: int
     packed: int
     unpacked: int
-    signature: str
+    signers: tuple[PublicKey, ...]
+    trusted: tuple[PublicKey, ...]
+
+    @property
+    def signature(self) -> str:
+        """Who signed it, as a clause."""
+        if not self.signers:
+            return "not signed"
+        if self.trusted:
+            return f"signed by {', '.join(k.key_id for k in self.trusted)}, as asked"
+        return f"signed by {', '.join(k.key_id for k in self.signers)}, which nobody vouched for"
 
     def summary(self) -> str:
         """One line for the user."""
         targets = ", ".join(a.target for a in self.manifest.artifacts)
         return (
             f"{self.path}: {self.files} files, {self.unpacked / 1e6:.1f} MB, every size and hash as the manifest says; "
-            f"student {shown(self.manifest.student)} as {shown(targets)}; signature: {self.signature}."
+            f"student {shown(self.manifest.student)} as {shown(targets)}; {self.signature}."
         )
 
 
-def verify(path: Path, limits: Limits = LIMITS) -> VerifyResult:
+def verify(path: Path, limits: Limits = LIMITS, trust: Trust = ANYONE) -> VerifyResult:
     """Check a bundle from first to last byte, in bounded memory, without running or writing anything.
 
     Raises:
-        GateFailed: it is not a whole, unchanged bundle, or one that costs more than `limits`; the sentence says where.
+        GateFailed: it is not a whole, unchanged bundle, one that costs more than `limits`, or one that nobody in `trust` signed;
+            the sentence says where.
         UserError: there is no such file, or it cannot be read.
     """
-    return scan(path, limits, lambda name: None)
+    return scan(path, limits, trust, lambda name: None)
 
 
-def unpack(path: Path, folder: Path, limits: Limits = LIMITS) -> VerifyResult:
+def unpack(path: Path, folder: Path, limits: Limits = LIMITS, trust: Trust = ANYONE) -> VerifyResult:
     """Verify a bundle while writing its files below `folder`, which is empty or new. Use the files only if this returns.
 
     Raises:
@@ -228,16 +271,23 @@ def unpack(path: Path, folder: Path, limits: Limits = LIMITS) -> VerifyResult:
         target.parent.mkdir(parents=True, exist_ok=True)
         return open(target, "xb")
 
-    return scan(path, limits, create)
+    return scan(path, limits, trust, create)
 
 
-def scan(path: Path, limits: Limits, create: Create) -> VerifyResult:
+def scan(path: Path, limits: Limits, trust: Trust, create: Create) -> VerifyResult:
     """The walk behind `verify` and `unpack`: `create(name)` gives the file to write a member to, or None."""
+    with opened(path, limits) as stream:
+        return _scan(path, stream, limits, trust, create)
+
+
+@contextmanager
+def opened(path: Path, limits: Limits) -> Iterator[ArchiveReader]:
+    """A bundle's archive; what goes wrong while reading it becomes the user's sentence."""
     if not path.is_file():  # a pipe would block, a device never end
         raise UserError(f"{path} is not a file; name a bundle such as RUN/bundles/small.tar.gz.")
     try:
         with open(path, "rb") as file:
-            return _scan(path, ArchiveReader(file, limits), limits, create)
+            yield ArchiveReader(file, limits)
     except Refused as e:
         raise GateFailed(f"{path} was refused: {e}; copy it again, or rebuild it with `decant bundle RUN`.") from e
     except PermissionError as e:
@@ -246,35 +296,43 @@ def scan(path: Path, limits: Limits, create: Create) -> VerifyResult:
         raise EnvironmentFailed(f"{path} could not be read or unpacked ({e}); check the disk and its free space.") from e
 
 
-def _scan(path: Path, stream: ArchiveReader, limits: Limits, create: Create) -> VerifyResult:
+def _scan(path: Path, stream: ArchiveReader, limits: Limits, trust: Trust, create: Create) -> VerifyResult:
     name, size = stream.header() or (None, 0)
     if name != MANIFEST:
         raise Refused(f"its first file is {name or 'missing'}, not {MANIFEST}")
     if size > limits.manifest:
         raise Refused(f"its {MANIFEST} has {size} bytes, more than {limits.manifest}")
     text = stream.member(size)
+    sha256 = hashlib.sha256(text).hexdigest()
     manifest = parse_manifest(text, limits)
+    header = stream.header()
+    signers: tuple[PublicKey, ...] = ()
+    signature = b""
+    if header and header[0] == SIGNATURE:
+        signature = read_signature(stream, header[1], limits)
+        signers = tuple(s.key for s in read_envelope(signature, manifest.subjects(sha256)).signers)
+        header = stream.header()
+    trust.check(signers)
     write_member(create, MANIFEST, [text])
+    if signature:
+        write_member(create, SIGNATURE, [signature])
     listed = {f.path: f for f in manifest.files}
     seen: list[str] = []
-    signature = "none"
-    while header := stream.header():
+    while header:
         name, size = header
-        if name == SIGNATURE and signature == "none" and not seen:
-            signature = "present, not checked"
-            read_signature(stream, size, limits, create)
-            continue
         check_turn(name, size, listed, manifest.files, seen)
         digest = hashlib.sha256()
         write_member(create, name, stream.chunks(size, digest))
         if digest.hexdigest() != listed[name].sha256:
             raise Refused(f"{name} was changed: its sha256 is not the manifest's")
         seen.append(name)
+        header = stream.header()
     if len(seen) < len(listed):
         raise Refused(f"{manifest.files[len(seen)].path} is missing from the archive")
     stream.end()
     total = len(text) + sum(f.bytes for f in manifest.files)
-    return VerifyResult(path, manifest, hashlib.sha256(text).hexdigest(), len(seen), stream.packed, total, signature)
+    trusted = tuple(k for k in signers if k in trust.keys)
+    return VerifyResult(path, manifest, sha256, len(seen), stream.packed, total, signers, trusted)
 
 
 def check_turn(name: str, size: int, listed: dict[str, ListedFile], files: list[ListedFile], seen: list[str]) -> None:
@@ -290,12 +348,10 @@ def check_turn(name: str, size: int, listed: dict[str, ListedFile], files: list[
         raise Refused(f"{name} has {size} bytes, the manifest says {listed[name].bytes}")
 
 
-def read_signature(stream: ArchiveReader, size: int, limits: Limits, create: Create) -> None:
+def read_signature(stream: ArchiveReader, size: int, limits: Limits) -> bytes:
     if size > limits.signature:
         raise Refused(f"its {SIGNATURE} has {size} bytes, more than {limits.signature}")
-    data = stream.member(size)
-    parse_json(data, SIGNATURE)
-    write_member(create, SIGNATURE, [data])
+    return stream.member(size)
 
 
 def write_member(create: Create, name: str, chunks: Iterable[bytes]) -> None:
@@ -321,23 +377,3 @@ def parse_manifest(text: bytes, limits: Limits) -> Manifest:
     if problems := manifest.problems(limits):
         raise Refused(problems[0])
     return manifest
-
-
-def parse_json(text: bytes, name: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys, which two readers could understand in two ways, and without NaN."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(result := dict(items)) < len(items):
-            raise ValueError("a key appears twice")
-        return result
-
-    def constant(word: str) -> None:
-        raise ValueError(f"{word} is not JSON")
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
-    except (ValueError, RecursionError) as e:
-        raise Refused(f"its {name} is not proper JSON ({shown(str(e))})") from e
-    if not isinstance(value, dict):
-        raise Refused(f"its {name} is not a JSON object")
-    return value

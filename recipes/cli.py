@@ -31,6 +31,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Plain lines instead of pro
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, such as runs/quickstart/bundles/small.tar.gz.")]
 
+Keys = Annotated[
+    list[Path],
+    typer.Option("--key", metavar="PUB", help="A public key that you trust; may be repeated: one of them must have signed."),
+]
+RequireSignature = Annotated[bool, typer.Option("--require-signature", help="Refuse a bundle that nobody signed.")]
+
 
 def main() -> None:
     """The entry point."""
@@ -211,22 +217,56 @@ def bundle(folder: RunFolder, quiet: Quiet = False) -> None:
 
 
 @app.command()
-def verify(bundle: Bundle) -> None:
-    """Check a bundle's archive, manifest and hashes without running or unpacking anything."""
-    with sentences():
-        from export.verify import verify as check_bundle
+def keygen(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the two files go. By default here.")] = Path(),
+) -> None:
+    """Make a pair of keys to sign bundles with: decant-signing.pem, which only you may have, and decant-signing.pub.pem.
 
-        typer.echo(check_bundle(bundle).summary())
+    The private file is encrypted by the passphrase in DECANT_KEY_PASSPHRASE, or by the one that you are asked for. Overwrites nothing.
+    """
+    with sentences():
+        from recipes.signing import keygen as make
+
+        for line in make(out):
+            typer.echo(line)
 
 
 @app.command()
-def selftest(bundle: Bundle) -> None:
-    """Verify a bundle, then run its models on its golden images and compare."""
+def sign(
+    bundle: Bundle,
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="The private key, of `decant keygen` or of openssl.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The signed bundle. By default in place of the other.")
+    ] = None,
+) -> None:
+    """Put your signature into a bundle, beside those that are there. Verifies it first; nothing else in it changes."""
+    with sentences():
+        from recipes.signing import sign as sign_it
+
+        typer.echo(sign_it(bundle, key, out))
+
+
+@app.command()
+def verify(bundle: Bundle, key: Keys = [], require_signature: RequireSignature = False) -> None:  # noqa: B006
+    """Check a bundle's archive, manifest, signatures and hashes without running or unpacking anything.
+
+    With --key, exit code 1 unless one of these keys signed it. Without, a signature shows no more than that nothing was changed since.
+    """
+    with sentences():
+        from recipes.signing import verify as check_bundle
+
+        typer.echo(check_bundle(bundle, key, require_signature))
+
+
+@app.command()
+def selftest(bundle: Bundle, key: Keys = [], require_signature: RequireSignature = False) -> None:  # noqa: B006
+    """Verify a bundle, then run its models on its golden images and compare. It runs code of the bundle: --key says whose it must be."""
     with sentences():
         from distill.progress import Progress
         from export.selftest import selftest as test_bundle
+        from recipes.signing import trust_in
 
-        test_bundle(bundle, Progress("plain", stream=sys.stdout))
+        test_bundle(bundle, Progress("plain", stream=sys.stdout), trust=trust_in(key, require_signature))
 
 
 @app.command()

@@ -316,11 +316,14 @@ def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
 def bundles(r: Recipe, data: Data, run: Path) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         from export.bundle import build_bundle
+        from export.fingerprint import code
 
+        rows = read_rows(run / "rows.jsonl")
         lineage = {
             "teacher_sha256": sha256_file(run / "teacher" / "backbone.safetensors"),
             "train": {"name": data.train.name, "fingerprint": data.train.fingerprint()},
             "recipe": (run / "recipe.yaml").read_text(encoding="utf-8"),
+            **code(),
         }
         for student, subject in r.subjects().items():
             model = run / subject
@@ -335,6 +338,7 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
                 lineage | {"student_sha256": sha256_file(model / "backbone.safetensors")},
                 folder / f"{student}.tar.gz",
                 progress,
+                [row for row in rows if row.subject == subject],
             )
 
     return work

@@ -94,14 +94,20 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
         Stage(
             name="bundle",
             folder=Path("bundles"),
-            config={"bundle": r.bundle.model_dump()},
+            config={"bundle": r.bundle.model_dump(exclude={"sign_key"})},
             inputs=(teacher, *_shipped(r), "report", *(s.name for s in exports)),
-            data=data.fingerprints("test", "train"),
+            data=data.fingerprints("test", "train") | _signer(r),
             work=shipping.bundles(r, data, run),
             needs_gates=True,
         )
     )
     return stages
+
+
+def _signer(r: Recipe) -> dict[str, str]:
+    """Which key signs, wherever its file lies."""
+    key = r.bundle.key()
+    return {} if key is None else {"sign_key": key.public.key_id}
 
 
 def _teacher(r: Recipe, data: Data, run: Path, settings: dict, train: dict) -> list[Stage]:

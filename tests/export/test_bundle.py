@@ -36,10 +36,12 @@ from export.artifact import Artifact, read_artifact
 from export.builders import build_target
 from export.bundle import TEMPLATES, BundleConfig, build_bundle
 from export.golden import Tolerance
+from export.keys import make_keys, read_private, read_public
 from export.runtimes import open_artifact
 from export.selftest import selftest
+from export.signing import sign_bundle
 from export.targets import ExportConfig, Images
-from export.verify import MANIFEST, unpack, verify
+from export.verify import MANIFEST, Trust, unpack, verify
 
 IMAGES = Images(lambda n, size: pictures(32, size)[:n], lambda n, size, avoid: pictures(32, size)[:n])
 QUIET = Progress("quiet")
@@ -122,6 +124,34 @@ def test_same_inputs_same_bytes(run, good, tmp_path):
     assert again.read_bytes() == good.read_bytes()
     other = build(run, tmp_path / "other.tar.gz", lineage={"teacher": "another"})
     assert other.read_bytes() != good.read_bytes()
+
+
+def test_signed_in_the_run_as_afterwards(run, good, tmp_path):
+    """The same statement, the same bytes: with signature, bill of materials and model card, twice."""
+    private, public, key = make_keys(tmp_path / "keys", None)
+    config = BundleConfig(sign_key=str(private))
+    assert config.problems() == []
+    one, two = build(run, tmp_path / "one.tar.gz", config), build(run, tmp_path / "two.tar.gz", config)
+    assert one.read_bytes() == two.read_bytes() == sign_bundle(good, read_private(private), tmp_path / "3").path.read_bytes()
+    result = unpack(one, tmp_path / "b", trust=Trust((read_public(public),)))
+    assert (result.signers, result.manifest_sha256) == ((key,), verify(good).manifest_sha256)
+    bill = json.loads((tmp_path / "b/sbom.cdx.json").read_text())
+    hashes = {c["bom-ref"]: c["hashes"][0]["content"] for c in bill["components"] if c["bom-ref"].startswith("artifacts/")}
+    listed = {f.path: f.sha256 for f in result.manifest.files}
+    assert hashes == {f.path: listed[f.path] for a in result.manifest.artifacts for f in a.files}
+    assert (tmp_path / "b/MODEL_CARD.md").read_text().startswith("# Model card: small\n")
+    done = subprocess.run([sys.executable, tmp_path / "b/selftest.py", "--seconds", "0"], capture_output=True, text=True)
+    assert "every hash as listed\n" in done.stdout  # the signature is no stranger
+
+
+def test_a_key_that_is_not_there(run, tmp_path):
+    config = BundleConfig(sign_key=str(tmp_path / "none.pem"))
+    assert config.problems() == [
+        f"sign_key cannot be used: There is no key file {tmp_path}/none.pem; `decant keygen` makes a pair."
+    ]
+    with pytest.raises(UserError, match="There is no key file"):
+        build(run, tmp_path / "b.tar.gz", config)
+    assert not (tmp_path / "b.tar.gz").exists()
 
 
 def test_content(run, good, tmp_path):
@@ -315,7 +345,7 @@ def test_kill_leaves_nothing_under_the_final_name(tmp_path):
     child = os.fork()
     if child == 0:
         building.pieces = lambda content: (time.sleep(0.3) or piece for piece in pieces(content))
-        building.write(out, {"files": listed}, files, QUIET)
+        building.write(out, {MANIFEST: json.dumps({"files": listed}).encode()}, files, QUIET)
         os._exit(0)
     end = time.monotonic() + 20
     while time.monotonic() < end and sum(p.stat().st_size for p in tmp_path.iterdir()) < 1 << 20:

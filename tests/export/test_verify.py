@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import struct
 import tarfile
 import time
 import tracemalloc
@@ -18,75 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from crafted import WEIGHTS, at, bomb, contents, manifest_of, members, packed, patched, raw_name, sealed, tar
 
 from distill.errors import GateFailed, UserError
 from export.archive import GZIP, Limits, bad_name, tar_header, write_archive
-from export.verify import MANIFEST, REQUIRED, SIGNATURE, unpack, verify
+from export.dsse import SIGNATURE
+from export.verify import MANIFEST, unpack, verify
 
-WEIGHTS = "artifacts/onnx-fp32/model_8.onnx"
 OLD_TAR = {"format": tarfile.USTAR_FORMAT}
 
 
-def contents() -> dict[str, bytes]:
-    """Files of a small bundle; verify never looks inside, so any bytes do."""
-    noise = random.Random(0)
-    files = {name: f"the text of {name}\n".encode() for name in REQUIRED}
-    files |= {WEIGHTS: noise.randbytes(1500), "artifacts/onnx-fp32/artifact.json": b"{}\n"}
-    files |= {"golden/image_0.png": noise.randbytes(300), "golden/input_8.npy": noise.randbytes(512)}
-    return files | {"golden/onnx-fp32/expected_8.npz": noise.randbytes(200)}
-
-
-def manifest_of(files: dict[str, bytes]) -> dict:
-    """The manifest that belongs to these files."""
-    port = {"name": "images", "dtype": "float32", "shape": ["batch", 3, 8, 8], "layout": "batch, channel, row, column"}
-    outputs = [{**port, "name": n, "shape": ["batch", 4]} for n in ("cls", "patches")]
-    limits = {"cls": 0.1, "patches": 0.1}
-    expected = {"path": "golden/onnx-fp32/expected_8.npz", "source": "onnx-fp32", "cosine_min": 0.9999, "max_abs": limits}
-    where = {"runtime": "onnxruntime", "built_with": {"onnx": "1"}, "systems": [], "machines": [], "compute_capabilities": []}
-    artifact = {"target": "onnx-fp32", "precision": "fp32", "runtime": "onnxruntime", "dim": 4, "patch": 8, "opset": 20}
-    file = {"path": WEIGHTS, "resolution": 8, "inputs": [port], "outputs": outputs, "expected": expected}
-    golden = {"images": ["golden/image_0.png"], "inputs": [{"resolution": 8, "path": "golden/input_8.npy"}]}
-    return {
-        "format": "decant-bundle-1",
-        "layout": "plain",
-        "student": "small",
-        "decant": "0.1.0",
-        "built_with": {"numpy": "2"},
-        "artifacts": [{**artifact, "max_batch": 64, "files": [file], "compatibility": where}],
-        "golden": {**golden, "cosine_min": 0.999, "max_abs": 0.1},
-        "files": [{"path": n, "bytes": len(v), "sha256": hashlib.sha256(v).hexdigest()} for n, v in sorted(files.items())],
-    }
-
-
-def members(files: dict[str, bytes] | None = None, manifest: dict | bytes | None = None) -> list[tuple[bytes, bytes]]:
-    """(header block, content) of each member, the manifest first."""
-    files = contents() if files is None else files
-    manifest = manifest_of(files) if manifest is None else manifest
-    text = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
-    return [(tar_header(n, len(v)), v) for n, v in [(MANIFEST, text), *sorted(files.items())]]
-
-
-def tar(parts: list[tuple[bytes, bytes]], end: bytes = bytes(1024)) -> bytes:
-    return b"".join(head + data + bytes(-len(data) % 512) for head, data in parts) + end
-
-
-def packed(data: bytes, level: int = 6) -> bytes:
-    deflate = zlib.compressobj(level, zlib.DEFLATED, -15)
-    return sealed(deflate.compress(data) + deflate.flush() + struct.pack("<II", zlib.crc32(data), len(data) & 0xFFFFFFFF))
-
-
-def sealed(body: bytes) -> bytes:
-    """Deflated data and its trailer with the header that belongs to them."""
-    return GZIP + hashlib.sha256(body).digest() + body
-
-
 GOOD = packed(tar(members()))
-
-
-def at(name: str, parts: list[tuple[bytes, bytes]] | None = None) -> int:
-    """Index of a member."""
-    parts = parts or members()
-    return next(i for i, (head, _) in enumerate(parts) if head[:100].rstrip(b"\0") == name.encode())
 
 
 def refused(tmp_path: Path, data: bytes, words: str = "", limits: Limits | None = None) -> str:
@@ -118,7 +59,7 @@ def test_good(tmp_path):
     path = tmp_path / "small.tar.gz"
     path.write_bytes(GOOD)
     result = verify(path)
-    assert (result.files, result.packed, result.signature) == (len(contents()), len(GOOD), "none")
+    assert (result.files, result.packed, result.signature) == (len(contents()), len(GOOD), "not signed")
     assert result.manifest_sha256 == hashlib.sha256(members()[0][1]).hexdigest()
     assert "student small as onnx-fp32" in result.summary()
     unpack(path, tmp_path / "out")
@@ -147,14 +88,21 @@ def test_write_archive_refuses_what_verify_would(tmp_path):
 
 
 def test_signature_has_its_place_after_the_manifest(tmp_path):
-    path, parts, signature = tmp_path / "b.tar.gz", members(), (tar_header(SIGNATURE, 2), b"{}")
-    path.write_bytes(packed(tar([parts[0], signature, *parts[1:]])))
-    assert verify(path).signature == "present, not checked"
+    """What is in it: test_signing.py."""
+    parts, signature = members(), (tar_header(SIGNATURE, 2), b"{}")
+    refused(tmp_path, packed(tar([parts[0], signature, *parts[1:]])), "signature.json is no DSSE envelope")
     refused(tmp_path, packed(tar([*parts, signature])), "signature.json is in the archive and not in the manifest")
-    refused(tmp_path, packed(tar([parts[0], signature, signature, *parts[1:]])), "signature.json")
+    refused(tmp_path, packed(tar([signature, *parts])), "its first file is signature.json")
     refused(tmp_path, packed(tar([parts[0], (tar_header(SIGNATURE, 3), b"no!"), *parts[1:]])), "signature.json is not proper")
-    big = tar_header(SIGNATURE, 1 << 20), bytes(1 << 20)
-    refused(tmp_path, packed(tar([parts[0], big, *parts[1:]])), "signature.json has 1048576 bytes")
+    big = tar_header(SIGNATURE, 5 << 20), bytes(5 << 20)
+    refused(tmp_path, packed(tar([parts[0], big, *parts[1:]])), "signature.json has 5242880 bytes")
+
+
+def test_a_name_of_a_million_slashes_is_cheap(tmp_path):
+    """Every folder above a name, half a million of them, would take hours and all memory."""
+    began = time.perf_counter()
+    refused(tmp_path, changed("files", 0, "path", to="a/" * 450_000), "is empty or longer than 100")
+    assert time.perf_counter() - began < 10
 
 
 # ---- the file
@@ -298,25 +246,6 @@ def renamed(old: str, new: str) -> list[tuple[bytes, bytes]]:
     i = at(old)
     parts[i] = tar_header(new, len(parts[i][1])), parts[i][1]
     return parts
-
-
-def raw_name(name: bytes) -> bytes:
-    """The header of an empty file whatever its name, with a right checksum."""
-    block = bytearray(tar_header("x", 0))
-    block[:100] = name[:100].ljust(100, b"\0")
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
-
-
-def patched(header: bytes, **fields: bytes) -> bytes:
-    places = {"mode": 100, "uid": 108, "size": 124, "mtime": 136, "type": 156, "link": 157, "uname": 265, "prefix": 345}
-    block = bytearray(header)
-    for field, value in fields.items():
-        block[places[field] : places[field] + len(value)] = value
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
 
 
 def with_header(**fields: bytes) -> bytes:
@@ -516,6 +445,8 @@ MANIFESTS = {
     "lists an absolute path": (listing("/tmp/evil"), "an absolute path"),
     "lists a name twice but for case": (listing("Infer.py"), "listed twice"),
     "lists a file as a folder": (listing("infer.py/x"), "both a file and a folder"),
+    "lists the manifest as a folder": (listing("Manifest.json/x"), "manifest.json is both a file and a folder"),
+    "lists the signature as a folder": (listing("signature.json/x"), "signature.json is both a file and a folder"),
     "lists a lone surrogate": (changed("files", 0, "path", to="a\ud800"), "a? is not a plain file name"),
 }
 
@@ -551,25 +482,6 @@ def test_every_manifest_value_of_another_type(tmp_path):
 
 
 # ---- cost
-
-
-def bomb(size: int, name: str = "LICENSE") -> bytes:
-    """A bundle with a right manifest and a file of `size` zeros, about a thousandth of it packed."""
-    files, zeros = contents(), bytes(1 << 20)
-    digest = hashlib.sha256()
-    for _ in range(size >> 20):
-        digest.update(zeros)
-    manifest = manifest_of(files)
-    for entry in manifest["files"]:
-        if entry["path"] == name:
-            entry |= {"bytes": size, "sha256": digest.hexdigest()}
-    parts = members(files, manifest)
-    i = at(name, parts)
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-    body, crc, count = b"", 0, 0
-    for piece in [tar(parts[:i], b""), tar_header(name, size), *[zeros] * (size >> 20), tar(parts[i + 1 :])]:
-        body, crc, count = body + deflate.compress(piece), zlib.crc32(piece, crc), count + len(piece)
-    return sealed(body + deflate.flush() + struct.pack("<II", crc, count & 0xFFFFFFFF))
 
 
 def test_gzip_bomb_is_cheap(tmp_path):
@@ -616,12 +528,16 @@ def test_limits(tmp_path):
 MANY_KEYS = b'{%s"z":1}' % b"".join(b'"%d":1,' % i for i in range(80_000))
 
 
-@pytest.mark.parametrize("wrong", [b'{"files":[' + b"1," * 300_000 + b"1]}", MANY_KEYS], ids=["elements", "keys"])
-def test_a_manifest_of_nonsense_is_cheap(tmp_path, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [(b'{"files":[' + b"1," * 300_000 + b"1]}", "is wrong at"), (MANY_KEYS, "more than 1000 keys")],
+    ids=["elements", "keys"],
+)
+def test_a_manifest_of_nonsense_is_cheap(tmp_path, wrong, words):
     text = wrong.replace(b"{", b'{"format":"decant-bundle-1",', 1)
     assert len(text) < 1 << 20
     began = time.perf_counter()
-    refused(tmp_path, of_text(text), "is wrong at")
+    refused(tmp_path, of_text(text), words)
     assert time.perf_counter() - began < 10
 
 

@@ -209,7 +209,21 @@ def test_doctor_says_what_is_there_and_exits_with_3_only_for_what_is_needed(monk
 def test_version_and_help():
     assert decant("--version").stdout.startswith("decant 0.")
     helped = decant("--help").stdout
-    for command in ("run", "check", "eval", "export", "bench", "report", "bundle", "verify", "selftest", "doctor", "schema"):
+    for command in (
+        "run",
+        "check",
+        "eval",
+        "export",
+        "bench",
+        "report",
+        "bundle",
+        "keygen",
+        "sign",
+        "verify",
+        "selftest",
+        "doctor",
+        "schema",
+    ):
         assert f"\n  {command} " in helped
 
 

@@ -148,6 +148,7 @@ BAD: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"evaluate": {"ks": []}}, {"evaluate.ks": "one or more"}),
     ({"benchmark": {"batches": [0]}}, {"benchmark.batches": "at least 1"}),
     ({"bundle": {"golden_images": 0}}, {"bundle.golden_images": "1..64"}),
+    ({"bundle": {"sign_key": "/none.pem"}}, {"bundle.sign_key": "There is no key file /none.pem"}),
 ]
 
 
