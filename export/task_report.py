@@ -11,9 +11,22 @@ from export import tables
 from export.labels import METRICS, label_of
 from export.tables import Book
 
-PERCENT = ("_top1", "miou", "_iou", "delta1", "map", "recall_at_k", "pck")
+PERCENT = (
+    "_top1",
+    "_at_k",
+    "miou",
+    "miou_majority",
+    "_iou",
+    "delta1",
+    "map",
+    "micro_ap",
+    "pixel_accuracy",
+    "pck",
+    "pck_by_chance",
+    "pck_at_best",
+)
 LESS_IS_BETTER = ("rmse_m", "abs_rel")
-UNITS = {"rmse_m": "m"}
+UNITS = {"rmse_m": "m", "rmse_m_constant": "m"}
 SETTINGS = {"shots": "{}-shot", "k": "@{}", "alpha": "@{}"}
 CLASSES = ("class_iou",)  # one row a class: in a table of their own
 

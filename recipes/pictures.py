@@ -25,7 +25,7 @@ from export.panels import Panel, depth_panel, retrieval_panel, segmentation_pane
 from recipes.data import Data
 from recipes.schema import Recipe
 
-SHOWN, NEIGHBOURS = 4, 5  # pictures of a dense task; queries are as many, neighbours of each
+SHOWN, NEIGHBOURS = 4, 4  # pictures of a dense task; queries are as many, neighbours of each
 SIDE = 160  # pixels, as large as a panel shows a picture
 
 
