@@ -79,7 +79,7 @@ def try_all(room: Room) -> list[str]:
             views.pca_view(look, components, foreground, swap=False, smooth=True)
         views.similarity_view(look, points, smooth=True)
         views.mask_view(look, points, None, connected=True, smooth=True)
-        for head in room.heads:
+        for head in (h for h in room.heads if h.reads(name)):
             try:
                 views.dense_view(look, head)
             except UserError as e:
