@@ -5,6 +5,7 @@ artifacts/TARGET/     artifact.json and the artifact's files, as exported
 preprocess.{py,json}  a copy of distill/data/preprocess.py, and its settings per resolution
 golden/               raw images (.png), their tensors (.npy), expected outputs per artifact (.npz)
 infer.py selftest.py  a runtime sample and the self-test; numpy, Pillow and a runtime are all they need
+samples/cpp/          the same sample in C++ with OpenVINO
 report/               the run's report
 lineage.json          what the model was made from; MODEL_CARD.md and sbom.cdx.json tell it to people and to other tools
 README.md  LICENSE
@@ -49,6 +50,7 @@ from export.targets import SPECS
 from export.verify import ANYONE, FORMAT, MANIFEST, Trust, verify
 
 TEMPLATES = Path(__file__).parent / "templates" / "bundle"
+COPIED = ("infer.py", "selftest.py", "LICENSE", "samples/cpp/main.cpp", "samples/cpp/Makefile")
 REPORT_SUFFIXES = (".html", ".json", ".csv", ".md")
 LAYOUTS = {
     "images": "batch, channel (red, green, blue), row, column",
@@ -152,7 +154,7 @@ def build_bundle(
     vectors, expected = add_golden(files, config, chosen, artifacts, settings, images, model_folder, progress)
     files["preprocess.py"] = Path(preprocess.__file__)
     files["preprocess.json"] = as_json({"resolutions": {str(r): p.to_json() for r, p in settings.items()}})
-    files |= {name: TEMPLATES / name for name in ("infer.py", "selftest.py", "LICENSE")}
+    files |= {name: TEMPLATES / name for name in COPIED}
     files |= report_files(report_folder)
     about = {"student": student, "run": run, "model": model_lineage(model_folder), "lineage": lineage}
     files[LINEAGE] = as_json(about)
