@@ -65,7 +65,11 @@ def test_preprocessing_to_the_grey_level(unpacked, tmp_path, normalize):
     graph = helper.make_graph([helper.make_node("Identity", ["images"], ["cls"])], "g", ports[:1], ports[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "i.onnx")
     noise = np.random.default_rng(0)
-    for size, interpolation, fit in (((300, 201), "bicubic", "crop"), ((40, 90), "bilinear", "crop"), ((75, 64), "lanczos", "squash")):
+    for size, interpolation, fit in (
+        ((300, 201), "bicubic", "crop"),
+        ((40, 90), "bilinear", "crop"),
+        ((75, 64), "lanczos", "squash"),
+    ):
         image = Image.fromarray(noise.integers(0, 255, (*size, 3), np.uint8))
         image.save(tmp_path / "a.ppm")
         code = Preprocess(56, 64, interpolation, normalize, fit)

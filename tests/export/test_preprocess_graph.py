@@ -76,7 +76,9 @@ def test_per_image_normalisation(run):
     for h, w in SIZES:
         image = photograph(h, w)
         got, deviation = run(preprocess_graph(preprocess), np.asarray(image)[None])[0], pixels(image).std((1, 2))
-        assert (np.abs(got - preprocess(image)).max((1, 2)) * (deviation + 1e-3) * 255).max() < (1.02 if min(h, w) >= 64 else 2.02)
+        assert (np.abs(got - preprocess(image)).max((1, 2)) * (deviation + 1e-3) * 255).max() < (
+            1.02 if min(h, w) >= 64 else 2.02
+        )
     flat = Image.new("RGB", (90, 70), (7, 7, 7))
     np.testing.assert_allclose(run(preprocess_graph(preprocess), np.asarray(flat)[None])[0], preprocess(flat), atol=1e-3)
 
