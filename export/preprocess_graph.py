@@ -5,6 +5,8 @@ is a weighted sum of the input rows within the filter's support, rounded to grey
 with antialias=1 says the same in one node and ONNX Runtime 1.32 follows Pillow to one grey level, but OpenVINO 2026.4 ignores the
 attribute without a word (up to 29 grey levels from Pillow on a picture of 900 x 1,200), so it is not used here.
 
+Pillow sums integers; sums half-way between two grey levels may round otherwise in float32, rarely in both passes (README: figures).
+
 Shape legend: B batch, H and W of the picture, S side of the network's input.
 """
 
