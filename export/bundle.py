@@ -5,6 +5,7 @@ artifacts/TARGET/     artifact.json and the artifact's files, as exported
 preprocess.{py,json}  a copy of distill/data/preprocess.py, and its settings per resolution
 golden/               raw images (.png), their tensors (.npy), expected outputs per artifact (.npz)
 infer.py selftest.py  a runtime sample and the self-test; numpy, Pillow and a runtime are all they need
+samples/cpp/          the same sample in C++ with OpenVINO
 report/               the run's report
 lineage.json          what the model was made from; MODEL_CARD.md and sbom.cdx.json tell it to people and to other tools
 README.md  LICENSE
@@ -41,15 +42,19 @@ from export.dsse import SIGNATURE
 from export.golden import PREPROCESS, SAME, SOURCE, Tolerance
 from export.keys import PrivateKey, PublicKey, read_private
 from export.model_card import model_card
+from export.nodes import load_graph, serialize
+from export.preprocess_graph import PIXELS, SUFFIX, with_preprocess
 from export.sbom import sbom
 from export.signing import LINEAGE, first_envelope
 from export.targets import SPECS
 from export.verify import ANYONE, FORMAT, MANIFEST, Trust, verify
 
 TEMPLATES = Path(__file__).parent / "templates" / "bundle"
+COPIED = ("infer.py", "selftest.py", "LICENSE", "samples/cpp/main.cpp", "samples/cpp/Makefile")
 REPORT_SUFFIXES = (".html", ".json", ".csv", ".md")
 LAYOUTS = {
     "images": "batch, channel (red, green, blue), row, column",
+    PIXELS: "batch, row, column, channel (red, green, blue), 0..255",
     "cls": "batch, feature",
     "patches": "batch, patch (row by row from the top left), feature",
 }
@@ -65,6 +70,8 @@ class BundleConfig(Config):
         golden_images: how many images the self-test compares.
         tolerances: per precision, for expected outputs that the artifact computed itself. What is left out is `golden.SAME`.
         source_tolerances: for those from what an artifact was made from, where it could not run. Left out: `golden.SOURCE`.
+        preprocess_in_graph: beside each ONNX file a second one that takes uint8 pictures of any size and preprocesses them itself.
+            Not for OpenVINO below FP32, whose plugin would compute the resize in that precision too.
         layout: how the files lie in the archive.
         sign_key: the private key (`decant keygen`) that signs every bundle of the run; relative to where the command runs. Of an
             encrypted one the passphrase is in the environment variable DECANT_KEY_PASSPHRASE.
@@ -74,6 +81,7 @@ class BundleConfig(Config):
     golden_images: int = 4
     tolerances: dict[Precision, Tolerance] = Field(default_factory=dict)
     source_tolerances: dict[Precision, Tolerance] = Field(default_factory=dict)
+    preprocess_in_graph: bool = False
     layout: Literal["plain"] = "plain"
     sign_key: str | None = None
 
@@ -140,17 +148,19 @@ def build_bundle(
         raise UserError(f"The bundle needs {need} golden images and got {len(golden_images)}; lower bundle.golden_images.")
     settings = preprocess_settings(chosen)
     files = artifact_files(chosen)
+    if config.preprocess_in_graph:
+        files |= graphs_with_preprocess(chosen)
     images = [golden.golden_image(image) for image in golden_images[: config.golden_images]]
     vectors, expected = add_golden(files, config, chosen, artifacts, settings, images, model_folder, progress)
     files["preprocess.py"] = Path(preprocess.__file__)
     files["preprocess.json"] = as_json({"resolutions": {str(r): p.to_json() for r, p in settings.items()}})
-    files |= {name: TEMPLATES / name for name in ("infer.py", "selftest.py", "LICENSE")}
+    files |= {name: TEMPLATES / name for name in COPIED}
     files |= report_files(report_folder)
     about = {"student": student, "run": run, "model": model_lineage(model_folder), "lineage": lineage}
     files[LINEAGE] = as_json(about)
     files["MODEL_CARD.md"] = model_card(student, chosen, rows, about)
     files["sbom.cdx.json"] = as_json(sbom(student, decant_version(), chosen, rows, about, built_with()))
-    files["README.md"] = readme(student, chosen, report="report/index.html" in files)
+    files["README.md"] = readme(student, chosen, report="report/index.html" in files, in_graph=config.preprocess_in_graph)
     text = as_json(manifest(config, student, chosen, vectors, expected, files))
     signature = {} if key is None else {SIGNATURE: signed(text, about, key)}
     write(out, {MANIFEST: text, **signature}, files, progress, None if key is None else key.public)
@@ -197,6 +207,25 @@ def artifact_files(artifacts: list[Artifact]) -> dict[str, Content]:
                 raise UserError(f"{path} is missing or was changed since it was exported; run the export stage again.")
             files[f"artifacts/{artifact.target}/{entry.path}"] = path
     return files
+
+
+def graphs_with_preprocess(artifacts: list[Artifact]) -> dict[str, Content]:
+    """The ONNX files of the artifacts with the preprocessing in front."""
+    files: dict[str, Content] = {}
+    for artifact in artifacts:
+        for entry in artifact.files:
+            if path := path_with_preprocess(artifact, entry):
+                graph = with_preprocess(load_graph(artifact.path(entry)), Preprocess.from_json(entry.preprocess))
+                files[path] = serialize(graph)
+    return files
+
+
+def path_with_preprocess(artifact: Artifact, entry: ArtifactFile) -> str | None:
+    """Where a bundle has the file with the preprocessing in front, if it can have one."""
+    exact = artifact.runtime != "openvino" or artifact.details.get("openvino", {}).get("inference_precision") == "f32"
+    if not entry.path.endswith(".onnx") or not exact:
+        return None
+    return f"artifacts/{artifact.target}/{entry.path.removesuffix('.onnx')}{SUFFIX}"
 
 
 def add_golden(
@@ -249,13 +278,13 @@ def manifest(
         "student": student,
         "decant": decant_version(),
         "built_with": built_with(),
-        "artifacts": [described(a, expected) for a in chosen],
+        "artifacts": [described(a, expected, config.preprocess_in_graph) for a in chosen],
         "golden": vectors,
         "files": [{"path": name, "bytes": size(files[name]), "sha256": hashed(files[name])} for name in sorted(files)],
     }
 
 
-def described(artifact: Artifact, expected: dict[str, Json]) -> Json:
+def described(artifact: Artifact, expected: dict[str, Json], in_graph: bool) -> Json:
     """An artifact in the manifest."""
     native = artifact.runtime not in (
         "onnxruntime",
@@ -269,6 +298,9 @@ def described(artifact: Artifact, expected: dict[str, Json]) -> Json:
             for kind, specs in (("inputs", entry.inputs), ("outputs", entry.outputs))
         }
         files.append({"path": path, "resolution": entry.resolution, **ports, "expected": expected[path]})
+        if in_graph and (inside := path_with_preprocess(artifact, entry)):
+            pixels = {"name": PIXELS, "dtype": "uint8", "shape": ["batch", "height", "width", 3], "layout": LAYOUTS[PIXELS]}
+            files[-1]["with_preprocess"] = {"path": inside, "inputs": [pixels]}
     # ONNX is opened by whatever onnxruntime is there; the version that computed the golden outputs is the one known to work.
     runtime = {"onnxruntime": onnxruntime.__version__} if artifact.runtime == "onnxruntime" else {}
     same = artifact.model_dump(include={"target", "precision", "runtime", "dim", "patch", "opset", "max_batch"})
@@ -338,7 +370,7 @@ def report_files(folder: Path | None) -> dict[str, Content]:
     return {f"report/{p.relative_to(folder).as_posix()}": p for p in found}
 
 
-def readme(student: str, artifacts: list[Artifact], report: bool) -> bytes:
+def readme(student: str, artifacts: list[Artifact], report: bool, in_graph: bool) -> bytes:
     """README.md of the bundle."""
     rows = []
     for a in artifacts:
@@ -361,6 +393,7 @@ def readme(student: str, artifacts: list[Artifact], report: bool) -> bytes:
         dim=artifacts[0].dim,
         patch=artifacts[0].patch,
         report=report,
+        in_graph=in_graph,
         artifacts=rows,
         engines=any(a.runtime in ("tensorrt", "tensorrt_rtx") for a in artifacts),
     )

@@ -86,12 +86,25 @@ class Golden(Strict):
     max_abs: float
 
 
+class WithPreprocess(Strict):
+    """The same file with the preprocessing inside the graph: pictures of any size go in, the same outputs come out."""
+
+    path: str
+    inputs: Several[Port]
+
+
 class BundledFile(Strict):
     path: str
     resolution: Size
     inputs: Several[Port]
     outputs: Several[Port]
     expected: Expected
+    with_preprocess: WithPreprocess | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """The graph or engine, and its twin with the preprocessing inside."""
+        return [self.path, *([self.with_preprocess.path] if self.with_preprocess else [])]
 
 
 class Compatibility(Strict):
@@ -165,8 +178,9 @@ class Manifest(Strict):
         resolutions = {g.resolution for g in self.golden.inputs}
         for artifact in self.artifacts:
             for file in artifact.files:
-                if not file.path.startswith(f"artifacts/{artifact.target}/"):
-                    found.append(f"{shown(file.path)} does not lie in artifacts/{shown(artifact.target)}")
+                for path in file.paths:
+                    if not path.startswith(f"artifacts/{artifact.target}/"):
+                        found.append(f"{shown(path)} does not lie in artifacts/{shown(artifact.target)}")
                 if file.resolution not in resolutions:
                     found.append(f"{shown(file.path)} has no golden input of {file.resolution} px")
                 if set(file.expected.max_abs) != {port.name for port in file.outputs}:
@@ -177,7 +191,7 @@ class Manifest(Strict):
         """Every path that something else in the manifest names."""
         files = [f for a in self.artifacts for f in a.files]
         golden = self.golden.images + [g.path for g in self.golden.inputs]
-        return [f.path for f in files] + [f.expected.path for f in files] + golden
+        return [p for f in files for p in f.paths] + [f.expected.path for f in files] + golden
 
     def subjects(self, manifest_sha256: str) -> dict[str, str]:
         """file -> sha256 of everything that a signature vouches for, in the order of the archive."""

@@ -259,6 +259,25 @@ def verify(bundle: Bundle, key: Keys = [], require_signature: RequireSignature =
 
 
 @app.command()
+def layout(
+    bundle: Bundle,
+    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="triton, oci or docker.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder for it.")],
+    key: Keys = [],  # noqa: B006
+    require_signature: RequireSignature = False,
+) -> None:
+    """Lay a bundle out for others: a Triton model repository, an OCI artifact for registries, a Docker build context.
+
+    Verifies it first and runs nothing of it. The same bundle gives the same bytes.
+    """
+    with sentences():
+        from recipes.layout import layout as lay_out
+
+        for line in lay_out(bundle, to, out, key, require_signature):
+            typer.echo(line)
+
+
+@app.command()
 def selftest(bundle: Bundle, key: Keys = [], require_signature: RequireSignature = False) -> None:  # noqa: B006
     """Verify a bundle, then run its models on its golden images and compare. It runs code of the bundle: --key says whose it must be."""
     with sentences():

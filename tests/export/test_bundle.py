@@ -421,6 +421,24 @@ def test_selftest_catches_other_preprocessing_under_right_hashes(good, tmp_path)
     assert "the stored tensor passes: it is the preprocessing" in str(caught.value)
 
 
+def test_selftest_forgives_a_grey_level_of_another_pillow(good, tmp_path):
+    """The tensors differ, so the artifact's own tolerance judges the stored ones, and the images only need the direction."""
+
+    def brighter(folder: Path) -> None:
+        text = (folder / "preprocess.py").read_text()
+        code = "return np.ascontiguousarray(self.normalized(np.asarray(image, np.float32).transpose(2, 0, 1) / 255.0))"
+        assert code in text
+        changed = code.replace("np.asarray(image, np.float32)", "(np.asarray(image, np.float32) + (np.arange(3) == 0))")
+        (folder / "preprocess.py").write_text(text.replace(code, changed.replace("/ 255.0", "/ np.float32(255)")))
+
+    results = {r.check: r for r in selftest(remade(good, tmp_path / "b.tar.gz", brighter), QUIET, seconds=0)}
+    file = results["onnx-fp32"].files[0]
+    assert file["tolerance"] == {"cosine_min": 0.999, "max_abs": {}}
+    assert file["cosine_min"] < 1
+    assert file["stored_tensor"]["cosine_min"] == pytest.approx(1)
+    assert file["stored_tensor"]["tolerance"]["cosine_min"] == 0.9999
+
+
 def test_selftest_catches_a_damaged_model_file(good, tmp_path):
     def damage(folder: Path) -> None:
         (folder / "artifacts/onnx-int8/model_32.onnx").write_bytes(b"no graph")

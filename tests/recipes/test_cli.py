@@ -220,6 +220,7 @@ def test_version_and_help():
         "keygen",
         "sign",
         "verify",
+        "layout",
         "selftest",
         "doctor",
         "schema",

@@ -1,0 +1,47 @@
+"""A run with a tiny student and its bundle, for tests of what is done with bundles."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tiny import backbone, pictures
+
+from distill.data.preprocess import Preprocess
+from distill.models.checkpoints import save_model
+from distill.progress import Progress
+from export.artifact import Artifact
+from export.builders import build_target
+from export.bundle import BundleConfig, build_bundle
+from export.targets import ExportConfig, Images
+
+IMAGES = Images(lambda n, size: pictures(32, size)[:n], lambda n, size, avoid: pictures(32, size)[:n])
+QUIET = Progress("quiet")
+PREPROCESS = Preprocess(32, 36)
+
+
+def tiny_artifacts(folder: Path, targets: Sequence[str], preprocess: Preprocess = PREPROCESS) -> list[Artifact]:
+    """Save a student in `folder`/student and export it; sources come before what is made from them."""
+    save_model(folder / "student", backbone(), preprocess, lineage={"seed": 0})
+    config, sources, artifacts = ExportConfig(resolutions=[32, 48], max_batch=3), {}, []
+    for target in targets:
+        sources[target] = folder / target
+        artifacts.append(build_target(target, config, "small", folder / "student", sources, IMAGES, folder / target, QUIET))
+    return artifacts
+
+
+def photographs() -> list[Image.Image]:
+    """Four smooth pictures of different shapes, most larger than the network's input."""
+    noise, made = np.random.default_rng(0), []
+    for size in ((90, 70), (64, 64), (50, 120), (200, 41)):
+        coarse = Image.fromarray(noise.integers(0, 255, (9, 9, 3), np.uint8))
+        made.append(coarse.resize(size, Image.Resampling.BICUBIC))
+    return made
+
+
+def tiny_bundle(folder: Path, artifacts: list[Artifact], config: BundleConfig | None = None) -> Path:
+    """Write `folder`/small.tar.gz."""
+    settings = config or BundleConfig(golden_images=4)
+    about = {"name": "demo"}
+    student, out = folder / "student", folder / "small.tar.gz"
+    return build_bundle(settings, "small", about, artifacts, student, photographs(), None, {"teacher": "large"}, out, QUIET)
