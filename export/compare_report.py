@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from export.compare import TIMED, Change, Comparison, Judged
+from export.compare import TIMED, Change, Comparison
+from export.compare_gates import Judged
 from export.labels import METRICS, label_of
 from export.tables import digits
 

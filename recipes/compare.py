@@ -7,8 +7,9 @@ import typer
 
 from distill.errors import GateFailed, UserError
 from distill.files import write_json, write_text
-from export.compare import Comparison, Gate, Judged, judge, read_side, settings_changed
+from export.compare import Comparison, read_side, settings_changed
 from export.compare import compare as differences
+from export.compare_gates import Gate, Judged, judge
 from export.compare_report import change_table, junit, markdown, summary_line
 
 

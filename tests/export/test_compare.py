@@ -13,7 +13,8 @@ from distill.evaluate.pairs import Predictions
 from distill.evaluate.scores import ScoreBook, percent_right
 from distill.files import write_json
 from distill.rows import Row, write_rows
-from export.compare import Gate, Side, compare, judge, read_side, settings_changed
+from export.compare import Side, compare, read_side, settings_changed
+from export.compare_gates import Gate, judge
 from export.compare_report import change_table, junit, markdown
 
 MACHINE = {"cpu": {"model": "A", "cores": 2, "usable_threads": 2}, "gpus": [], "packages": {"torch": "2.11"}}
