@@ -1,12 +1,13 @@
 """`decant compare`: print the comparison of two runs, write it for pull requests and CI, and judge gates."""
 
+import json
 import sys
 from pathlib import Path
 
 import typer
 
 from distill.errors import GateFailed, UserError
-from distill.files import write_json, write_text
+from distill.files import write_text
 from export.compare import Comparison, read_side, settings_changed
 from export.compare import compare as differences
 from export.compare_gates import Gate, Judged, judge
@@ -82,8 +83,6 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_json(path: Path, found: Comparison, judged: list[Judged], settings: list[str]) -> None:
-    import json
-
     value = {
         "format": "decant-comparison-1",
         "a": found.a,
@@ -97,10 +96,4 @@ def _write_json(path: Path, found: Comparison, judged: list[Judged], settings: l
             {"gate": j.gate.text, "on": j.change and j.change.to_json(), "passed": j.passed, "why": j.why} for j in judged
         ],
     }
-    if path == Path("-"):
-        typer.echo(json.dumps(value, indent=2))
-        return
-    try:
-        write_json(path, value)
-    except OSError as e:
-        raise UserError(f"{path} cannot be written ({e.strerror}); name a file in a folder that may be written.") from e
+    _write(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
