@@ -10,7 +10,7 @@ labelled ones. Artifacts that lie in OUT are not built again. Prints Markdown; r
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from distill.progress import Progress
 from distill.rows import Row, write_rows
 from export.artifact import NAME, Artifact, Unrunnable, read_artifact
 from export.benchmark import BenchmarkConfig, Case, benchmark
+from export.budget_config import BudgetConfig
 from export.builders import build_target
 from export.fingerprint import fingerprint
 from export.parity import artifact_parity
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--parity", type=int, default=64, help="images that cosines are taken on; they calibrate nothing")
     parser.add_argument("--attention", default="false", choices=ATTENTION, help="as quantize.attention")
+    parser.add_argument("--cosine-min", type=float, help="a budget for the quantized targets: the least cosine of any vector")
     parser.add_argument("--no-accuracy", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -65,6 +67,9 @@ def main() -> None:
         rows += accuracy(args, artifacts, progress)
     write_rows(args.out / "rows.jsonl", rows)
     print(table(rows, artifacts, args))
+    for artifact in artifacts:
+        if found := artifact.details.get("budget"):
+            print(f"\n{artifact.target}\n{kept_table(found)}")
 
 
 def build(args: argparse.Namespace, progress: Progress) -> list[Artifact]:
@@ -81,9 +86,10 @@ def build(args: argparse.Namespace, progress: Progress) -> list[Artifact]:
     calibrating = [i for i in order if i not in set(judging)]
     images = Images(lambda n, size: some(calibrating[:n], size), lambda n, size, avoid: some(judging[:n], size))
     args.judging = some(judging, preprocess.size)
+    budget = None if args.cosine_min is None else BudgetConfig(cosine_min=args.cosine_min, images=args.parity)
     config = ExportConfig(
         targets=args.targets,
-        quantize=QuantizeConfig(images=args.images, attention=ATTENTION[args.attention]),
+        quantize=QuantizeConfig(images=args.images, attention=ATTENTION[args.attention], budget=budget),
         compute_capabilities=["8.6", "8.9"],
     )
     found = []
@@ -167,6 +173,16 @@ def table(rows: list[Row], artifacts: list[Artifact], args: argparse.Namespace) 
             cells.append(value(by_metric.get((a.target, f"{metric}_difference")), 2, True))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def kept_table(found: dict[str, Any]) -> str:
+    """What a budget's search kept in floating point, what each layer costs alone, and a plan that knows nothing of the network."""
+    alone = {s["layer"]: 1 - s["cosine_min"] for s in found["sensitivity"]}
+    lines = [f"asked {found['asked']}; met: {found['met']}; kept {len(found['kept'])} of {found['layers']}", ""]
+    lines += [f"- {layer}: 1 - least cosine, quantized alone: {alone[layer]:.5f}" for layer in found["kept"]]
+    told = {"our plan, nothing kept": next(c for c in found["curve"] if not c["kept"]), "with those kept": found["reached"]}
+    told["every operation quantized"] = found["naive"]
+    return "\n".join([*lines, *(f"- {name}: least cosine {m['cosine_min']:.4f}" for name, m in told.items() if m)])
 
 
 def weights(artifact: Artifact) -> list:
