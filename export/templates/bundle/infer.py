@@ -188,6 +188,8 @@ class EngineFile:
         trt = importlib.import_module(artifact["runtime"])
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
+        if hasattr(self.runtime, "engine_host_code_allowed"):
+            self.runtime.engine_host_code_allowed = True  # a version-compatible engine brings the runtime that it needs
         self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise RuntimeError(f"{artifact['runtime']} {trt.__version__} refused the engine on {self.cuda.name}")
