@@ -4,7 +4,7 @@
     python selftest.py [--json] [--target onnx-int8] [--threads 2] [--seconds 0.5] [--engines DIR]
 
 In this order: what the machine has, the hash of every file (before any of them is imported or opened), the preprocessing of the
-golden images, then for each artifact the golden images from PNG to features against the expected ones, and a short latency. With --engines those that build_engine.py wrote too.
+golden images, then for each artifact the golden images from PNG to features against the expected ones, and a short latency. --engines adds what build_engine.py compiled.
 Exit code 0: every artifact that can run here passes. 1: something failed. 3: this machine can run none of them.
 A hash proves that the files belong to this manifest, not who wrote the manifest.
 """
@@ -82,7 +82,7 @@ def run(args):
     results.append(guarded("preprocess", lambda: check_preprocessing(infer, manifest["golden"])))
     for artifact in artifacts:
         results.append(guarded(artifact["target"], lambda a=artifact: check_artifact(infer, a, manifest["golden"], args)))
-    engines = list(load("engine_files").engine_artifacts(manifest, args.engines, args.target)) if args.engines else []
+    engines = built_engines(manifest, args)
     for check, engine in engines:
         if isinstance(engine, str):
             results.append(result(check, "FAIL", engine))
@@ -93,6 +93,15 @@ def run(args):
     tested = {a["target"] for a in artifacts} | {check for check, _ in engines}
     ran = {r["check"] for r in results if r["status"] == "PASS"} & tested
     return finish(0 if ran else 3)
+
+
+def built_engines(manifest, args):
+    """(check, artifact) of every engine in DIR, or (check, why it is refused)."""
+    if not args.engines:
+        return []
+    if not manifest.get("rebuild"):
+        return [("engines", "this bundle has no file that build_engine.py compiles")]
+    return list(load("engine_files").engine_artifacts(manifest, args.engines, args.target))
 
 
 def machine():
