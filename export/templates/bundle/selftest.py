@@ -4,7 +4,8 @@
     python selftest.py [--json] [--target onnx-int8] [--threads 2] [--seconds 0.5] [--engines DIR]
 
 In this order: what the machine has, the hash of every file (before any of them is imported or opened), the preprocessing of the
-golden images, then for each artifact the golden images from PNG to features against the expected ones, and a short latency. --engines adds what build_engine.py compiled.
+golden images, then for each artifact the golden images from PNG to features against the expected ones, and a short latency.
+--engines adds the engines that build_engine.py wrote to DIR.
 Exit code 0: every artifact that can run here passes. 1: something failed. 3: this machine can run none of them.
 A hash proves that the files belong to this manifest, not who wrote the manifest.
 """
