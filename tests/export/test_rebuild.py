@@ -90,6 +90,7 @@ def test_hostile_sections(kit_unpacked, change, words):
         ("error while loading shared libraries: libnvinfer.so.10: cannot open shared object file", "library"),
         ("Error Code 10: Could not find any implementation for node blocks.0.", "no kernel fits"),
         ("No space left on device: '/workspace/x'", "disk is full"),
+        ("Read-only file system: 'engines'", "--out"),
         ("Error Code 9: something new in /workspace/x", "something new"),
     ],
 )

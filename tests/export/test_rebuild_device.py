@@ -10,6 +10,10 @@ import time
 import pytest
 from fake_device import fake_device
 from rebuild_kit import everything, files_in, index, kit, log, selftest
+from tiny_bundle import tiny_artifacts, tiny_bundle
+
+from export.bundle import BundleConfig
+from export.verify import unpack
 
 # ---- TensorRT for RTX, the real one
 
@@ -32,6 +36,22 @@ def test_rtx_compiles_for_absent_gpus(kit_bundle):
     assert index(kit_bundle)["onnx-fp8/model_32.engine"]["compute_capabilities"] == ["8.9"]
     code, results = selftest(kit_bundle, "--engines", str(kit_bundle / "engines"), "--target", "onnx-int8")
     assert (code, results["engines/onnx-int8/model_32.engine"]) == (0, ("SKIP", "there is no NVIDIA driver here"))
+
+
+@pytest.mark.slow
+def test_rtx_compiles_what_an_engine_was_made_from(tmp_path):
+    """A bundle of engines brings the graph behind a quantized one; its half and BF16 files compile too."""
+    pytest.importorskip("tensorrt_rtx")
+    artifacts = tiny_artifacts(tmp_path, ["onnx-fp32", "onnx-fp16", "onnx-bf16", "onnx-int8", "rtx-int8"])
+    path = tiny_bundle(tmp_path, artifacts, BundleConfig(targets=["onnx-fp16", "onnx-bf16", "rtx-int8"]))
+    unpack(path, tmp_path / "b")
+    code, results = kit(tmp_path / "b", "--compute-capability", "8.6")
+    assert (code, {s for s, _ in results.values()}) == (0, {"PASS"})
+    sources = {p: e["onnx"] for p, e in index(tmp_path / "b").items()}
+    assert sources["rtx-int8/model_48.engine"] == "artifacts/rtx-int8/graph_48.onnx"
+    assert sources["onnx-bf16/model_32.engine"] == "artifacts/onnx-bf16/model_32.onnx"
+    code, results = selftest(tmp_path / "b", "--engines", str(tmp_path / "b/engines"))
+    assert {s for c, (s, _) in results.items() if c.startswith("engines/")} == {"SKIP"}
 
 
 def test_rtx_cannot(kit_bundle):

@@ -42,6 +42,10 @@ CAUSES = (
         "no kernel fits; often there is too little workspace, or the GPU lacks a number type",
     ),
     (r"no space left|disk quota", "the disk is full; free some space and run it again"),
+    (
+        r"read-only file system|permission denied",
+        "a file cannot be written here; name other places with --out or --timing-cache",
+    ),
 )
 
 
