@@ -98,6 +98,8 @@ class PythonRuntime(Maker):
                 hint = "; --compute-capability 8.6 compiles without one" if name == "tensorrt_rtx" else ""
                 raise Missing(f"{e}{hint}") from None
         known = getattr(self.trt, "ComputeCapability", None) if name == "tensorrt_rtx" else None
+        if capabilities and not known:
+            raise Missing(f"version {self.version} compiles only for the GPU that it finds; install a newer one")
         if known and (bad := [c for c in self.capabilities if not hasattr(known, sm(c))]):
             raise Missing(f"version {self.version} does not compile for compute capability {bad[0]}")
 
