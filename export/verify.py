@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, TypeVar
+from typing import Annotated, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from distill.errors import EnvironmentFailed, GateFailed, UserError
 from export.archive import LIMITS, MAX_FILE, ArchiveReader, Limits, Refused, bad_name, shown
 from export.dsse import SIGNATURE, read_envelope
 from export.keys import PublicKey
+from export.rebuild_schema import Rebuild
 from export.strict_json import parse_json
+from export.strict_model import Several, Sha256, Size, Strict
 
 FORMAT = "decant-bundle-1"
 MANIFEST = "manifest.json"
@@ -30,18 +32,11 @@ REQUIRED = ("LICENSE", "README.md", "infer.py", "lineage.json", "preprocess.json
 
 
 Create = Callable[[str], BinaryIO | None]
-T = TypeVar("T")
-Several = Annotated[list[T], FailFast()]  # a million wrong elements are one error, not a million
-Size = Annotated[int, Field(ge=1, le=1 << 31)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ListedFile(Strict):
     path: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     bytes: Annotated[int, Field(ge=0, le=MAX_FILE)]
 
 
@@ -150,6 +145,7 @@ class Manifest(Strict):
     artifacts: Annotated[Several[BundledArtifact], Field(min_length=1)]
     golden: Golden
     files: Several[ListedFile]
+    rebuild: Rebuild | None = None
 
     def problems(self, limits: Limits) -> list[str]:
         """What contradicts itself or leaves the limits, one clause each."""
@@ -185,6 +181,9 @@ class Manifest(Strict):
                     found.append(f"{shown(file.path)} has no golden input of {file.resolution} px")
                 if set(file.expected.max_abs) != {port.name for port in file.outputs}:
                     found.append(f"{shown(file.path)} has no tolerance for one of its outputs")
+        if self.rebuild:
+            outputs = {(a.target, f.resolution): [p.name for p in f.outputs] for a in self.artifacts for f in a.files}
+            found += self.rebuild.problems({f.path: f.sha256 for f in self.files}, outputs)
         return found
 
     def references(self) -> list[str]:

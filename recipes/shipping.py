@@ -339,6 +339,7 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
                 folder / f"{student}.tar.gz",
                 progress,
                 [row for row in rows if row.subject == subject],
+                r.export,
             )
 
     return work

@@ -94,7 +94,10 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
         Stage(
             name="bundle",
             folder=Path("bundles"),
-            config={"bundle": r.bundle.model_dump(exclude={"sign_key"})},
+            config={
+                "bundle": r.bundle.model_dump(exclude={"sign_key"}),
+                "export": r.export.model_dump(include={"opt_batch", "engine"}),
+            },
             inputs=(teacher, *_shipped(r), "report", *(s.name for s in exports)),
             data=data.fingerprints("test", "train") | _signer(r),
             work=shipping.bundles(r, data, run),

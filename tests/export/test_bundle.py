@@ -103,6 +103,8 @@ def remade(bundle: Path, out: Path, change) -> Path:
     for entry in manifest["files"]:
         path = folder / entry["path"]
         entry |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    for entry in manifest["rebuild"]["files"]:
+        entry["sha256"] = sha256_file(folder / entry["path"])
     (folder / MANIFEST).write_text(json.dumps(manifest))
     names = [MANIFEST, *(entry["path"] for entry in manifest["files"])]
     write_archive(out, ((n, (folder / n).stat().st_size, iter([(folder / n).read_bytes()])) for n in names))
@@ -595,7 +597,7 @@ def test_infer_says_what_is_wrong(good, tmp_path, bare, arguments, code, words):
 
 
 def test_scripts_are_python_3_9():
-    for path in (TEMPLATES / "infer.py", TEMPLATES / "selftest.py", Path(preprocess.__file__)):
+    for path in (*TEMPLATES.glob("*.py"), Path(preprocess.__file__)):
         ast.parse(path.read_text(), feature_version=(3, 9))
 
 

@@ -23,7 +23,7 @@ PREPROCESS = Preprocess(32, 36)
 def tiny_artifacts(folder: Path, targets: Sequence[str], preprocess: Preprocess = PREPROCESS) -> list[Artifact]:
     """Save a student in `folder`/student and export it; sources come before what is made from them."""
     save_model(folder / "student", backbone(), preprocess, lineage={"seed": 0})
-    config, sources, artifacts = ExportConfig(resolutions=[32, 48], max_batch=3), {}, []
+    config, sources, artifacts = ExportConfig(resolutions=[32, 48], max_batch=3, opt_batch=2), {}, []
     for target in targets:
         sources[target] = folder / target
         artifacts.append(build_target(target, config, "small", folder / "student", sources, IMAGES, folder / target, QUIET))
