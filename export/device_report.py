@@ -1,0 +1,73 @@
+"""What the report says of devices: RUN/devices/NAME, as `decant device run --run RUN` brought it home."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.files import read_json, sha256_file
+from distill.rows import Row, read_rows
+
+FOLDER = "devices"
+
+
+@dataclass(frozen=True)
+class DeviceLine:
+    """One file on one device at one resolution and batch. `end_to_end`: from a PNG file, at batch 1."""
+
+    device: str
+    latency: Row
+    p90: Row | None
+    throughput: Row | None
+    end_to_end: Row | None
+    memory: Row | None
+    cosine: Row | None
+
+
+def collect(run_folder: Path) -> list[dict[str, Any]]:
+    """Every device that something came home from, JSON-ready: name, status, reason, machine, machine_id, checks and rows."""
+    found = []
+    for path in sorted((run_folder / FOLDER).glob("*/device.json")):
+        about = read_json(path)
+        rows = read_rows(path.with_name("rows.jsonl"))
+        found.append(
+            {
+                **{k: about[k] for k in ("name", "status", "reason", "machine", "steps", "ended", "bundle_sha256")},
+                "machine_id": next((str(r.conditions["machine"]) for r in rows if "machine" in r.conditions), None),
+                "rows": [r.model_dump(exclude_none=True) for r in rows],
+            }
+        )
+    return found
+
+
+def rows_of(devices: Sequence[dict[str, Any]]) -> list[Row]:
+    return [Row.model_validate(r) for d in devices for r in d["rows"]]
+
+
+def fingerprints(run_folder: Path) -> dict[str, str]:
+    """What decides that the report has other devices to show: hashes of what came home."""
+    paths = sorted((run_folder / FOLDER).glob("*/rows.jsonl"))
+    return {f"device {p.parent.name}": sha256_file(p) for p in paths}
+
+
+def device_lines(rows: Sequence[Row]) -> list[DeviceLine]:
+    """A line for each latency, measured or not, in the order of the rows."""
+
+    def beside(row: Row, metric: str, *same: str, **more: Any) -> Row | None:
+        wanted = {k: row.conditions.get(k) for k in ("on_device", "resolution", *same)} | more
+        mine = (r for r in rows if r.metric == metric and r.status == "measured" and r.target == row.target)
+        return next((r for r in mine if all(r.conditions.get(k) == v for k, v in wanted.items())), None)
+
+    return [
+        DeviceLine(
+            str(r.conditions.get("on_device", "")),
+            r,
+            beside(r, "latency_p90_ms", "batch"),
+            beside(r, "images_per_s", "batch"),
+            beside(r, "end_to_end_p50_ms", **{"from": "PNG file"}),
+            beside(r, "peak_memory_mb"),
+            beside(r, "cosine_min"),
+        )
+        for r in rows
+        if r.metric == "latency_p50_ms"
+    ]
