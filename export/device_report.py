@@ -1,12 +1,13 @@
 """What the report says of devices: RUN/devices/NAME, as `decant device run --run RUN` brought it home."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.files import read_json, sha256_file
 from distill.rows import Row, read_rows
+from export.labels import label_of, short_name
 
 FOLDER = "devices"
 
@@ -22,6 +23,12 @@ class DeviceLine:
     end_to_end: Row | None
     memory: Row | None
     cosine: Row | None
+
+    @property
+    def label(self) -> str:
+        """`small, ONNX INT8`; of a device without any number, the model alone."""
+        r = self.latency
+        return short_name(r.subject) if r.target == "all" else label_of(r.subject, r.target)
 
 
 def collect(run_folder: Path) -> list[dict[str, Any]]:
@@ -70,4 +77,17 @@ def device_lines(rows: Sequence[Row]) -> list[DeviceLine]:
         )
         for r in rows
         if r.metric == "latency_p50_ms"
+    ]
+
+
+def table_cells(devices: Sequence[dict[str, Any]], write: Callable[[Row | None], str]) -> list[list[str]]:
+    """Cells of a table, a line each; `write` puts a number into words."""
+    return [
+        [
+            line.device,
+            line.label,
+            *(str(line.latency.conditions.get(k, "")) for k in ("resolution", "batch")),
+            *(write(r) for r in (line.latency, line.throughput, line.end_to_end)),
+        ]
+        for line in device_lines(rows_of(devices))
     ]

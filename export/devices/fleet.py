@@ -20,9 +20,9 @@ from distill.progress import Progress
 from distill.rows import Row, write_rows
 from export.archive import shown
 from export.devices.config import DeviceConfig
-from export.devices.copy import copy
 from export.devices.rows import lost_row, rows_home
 from export.devices.ssh import DeviceFailed, Lost, Ssh, Stopped, Unreachable, sockets
+from export.devices.transfer import copy
 from export.verify import VerifyResult
 
 TRIES = 4  # of one step, when the connection is lost

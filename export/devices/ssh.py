@@ -84,7 +84,7 @@ class Ssh:
         command += [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
         command += ["-l", a.user] if a.user else []
         command += ["-p", str(a.port)] if a.port else []
-        start = f"import sys;exec(compile(sys.stdin.buffer.read({len(script)}),'remote.py','exec'))"
+        start = f"import sys;sys.path[:]=filter(None,sys.path);exec(compile(sys.stdin.buffer.read({len(script)}),'remote.py','exec'))"
         isolated = [] if request["do"] == "about" else ["-I"]  # runtimes are often among the user's own packages
         remote = [self.python, *isolated, "-B", "-c", start, json.dumps(request | {"folder": a.folder})]
         return [*command, "--", a.host, shlex.join(remote)]
@@ -116,12 +116,13 @@ class Ssh:
             return self.answer(process.returncode, output, errors())
 
     @contextlib.contextmanager
-    def held(self, token: str) -> Iterator[None]:
+    def held(self, token: str, wait: float = 10.0) -> Iterator[None]:
         """Hold the lock of the device's folder, and the connection that all requests inside share.
 
         token: names the run; what an earlier connection of the same run left holding the lock is ended.
+        wait: seconds to wait for another run.
         """
-        with self.started({"do": "hold", "token": token}, master=True) as (process, errors):
+        with self.started({"do": "hold", "token": token, "wait": wait}, master=True) as (process, errors):
             assert process.stdout is not None
             timer = threading.Timer(CONNECT_S + GRACE_S, process.kill)
             timer.start()

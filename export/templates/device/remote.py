@@ -68,7 +68,7 @@ def do_hold(request):
     """Keep the folder's lock until the leash ends. A holder of the same run that a lost connection left behind is killed."""
     folder, token = home(request), request["token"]
     lock = open(folder / "lock", "a+")  # noqa: SIM115  held until the process ends
-    end = time.monotonic() + request.get("wait", 10)
+    end = time.monotonic() + request["wait"]
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

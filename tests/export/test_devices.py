@@ -1,0 +1,326 @@
+"""A bundle on devices, through a fake `ssh` that runs everything on this machine."""
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from device_lab import QUIET, Lab, beside_selftest, device, gone, waited
+from tiny_bundle import tiny_artifacts, tiny_bundle
+
+from distill.errors import EnvironmentFailed, GateFailed, UserError
+from distill.files import sha256_file
+from distill.rows import Row, read_rows
+from export.bundle import BundleConfig
+from export.devices.address import parse_address
+from export.devices.fleet import DeviceRun, Job, run_fleet
+from export.devices.rows import rows_home
+from export.devices.ssh import REMOTE, DeviceFailed, Ssh
+from export.keys import make_keys
+from export.report import write_report
+from export.report_schema import Report
+from export.verify import Trust, verify
+from recipes.device import clean, devices_of, look, read_devices
+from recipes.device import run as run_command
+
+FAST = ("--seconds", "0.02", "--openings", "3", "--rounds", "2")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    return tiny_bundle(folder, tiny_artifacts(folder, ["onnx-fp32"]), BundleConfig(golden_images=2))
+
+
+@pytest.fixture
+def job(bundle) -> Job:
+    return Job(verify(bundle), sha256_file(bundle), "students/small", FAST, backoff=0.01)
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch) -> Lab:
+    made = Lab(tmp_path / "lab")
+    monkeypatch.setenv("PATH", str(made.folder / "bin"), prepend=":")
+    return made
+
+
+def test_two_devices_at_once_and_a_dead_one(lab, job, tmp_path):
+    good, dead, other = run_fleet(job, [device("one"), device("dead"), device("two")], tmp_path / "out", QUIET)
+    assert (good.status, good.reason, other.status) == ("done", None, "done")
+    assert dead.status == "unreachable"
+    assert "No route to host" in str(dead.reason)
+    (lost,) = read_rows(tmp_path / "out/dead/rows.jsonl")
+    assert (lost.status, lost.conditions["on_device"]) == ("not measured", "dead")
+    assert "No route to host" in str(lost.reason)
+    rows = read_rows(tmp_path / "out/one/rows.jsonl")
+    assert rows == good.rows
+    timed = [r for r in rows if r.metric == "latency_p50_ms"]
+    assert {(r.subject, r.target, r.conditions["resolution"]) for r in timed} == {
+        ("students/small", "onnx-fp32", s) for s in (32, 48)
+    }
+    for r in timed:
+        assert r.value is not None
+        assert r.low is not None
+        assert r.high is not None
+        assert r.low <= r.value <= r.high
+        assert r.conditions["on_device"] == "one"
+        assert r.conditions["bundle_sha256"] == job.sha256
+    assert not any(r.metric == "latency_p99_ms" and (r.n or 0) < 1000 for r in rows)
+    assert {r.conditions["from"] for r in rows if r.metric == "end_to_end_p50_ms"} == {"PNG file", "decoded picture"}
+    assert {r.conditions["resolution"] for r in rows if r.metric == "cosine_min" and (r.value or 0) > 0.999} == {32, 48}
+    for name in ("device.json", "bench.json", "selftest.json"):
+        assert json.loads((tmp_path / "out/one" / name).read_text())
+    assert good.steps["build"]["status"] == "absent"
+
+
+def test_a_second_run_copies_nothing_and_keeps_the_first_results(lab, job, tmp_path):
+    for _ in range(2):
+        (outcome,) = run_fleet(job, [device("one")], tmp_path / "out", QUIET)
+        assert outcome.status == "done"
+    assert len(lab.asked("receive")) == 1
+    assert (tmp_path / "out/one/previous/rows.jsonl").is_file()
+
+
+def test_an_interrupted_copy_goes_on_where_it_broke_off(lab, job, tmp_path):
+    (lab.folder / "cut-receive").write_text("200000")
+    (outcome,) = run_fleet(job, [device("one")], tmp_path / "out", QUIET)
+    assert outcome.status == "done"
+    first, second = lab.asked("receive")
+    assert first["from"] == 0
+    assert 100_000 < second["from"] < 200_000
+
+
+def test_a_foreign_beginning_is_not_continued(lab, job, tmp_path):
+    archives = lab.home("one") / "archives"
+    archives.mkdir(parents=True)
+    (lab.home("one") / ".decant-device").write_text("")
+    (archives / f"{job.sha256}.part").write_bytes(b"x" * 1000)
+    (outcome,) = run_fleet(job, [device("one")], tmp_path / "out", QUIET)
+    assert outcome.status == "done"
+    assert [r["from"] for r in lab.asked("receive")] == [0]
+
+
+def test_a_step_that_loses_its_connection_is_done_again(lab, job, tmp_path):
+    (lab.folder / "cut-work").write_text(str(len(REMOTE.read_bytes())))
+    (outcome,) = run_fleet(job, [device("one")], tmp_path / "out", QUIET)
+    assert outcome.status == "done"
+
+
+def test_what_was_changed_on_the_device_is_refused(lab, job, tmp_path):
+    (outcome,) = run_fleet(job, [device("one")], tmp_path / "out", QUIET)
+    assert outcome.status == "done"
+    verified = {"sha256": job.sha256, "manifest_sha256": job.bundle.manifest_sha256}
+    ssh = Ssh(device("one").address(), device("one").python, None, tmp_path / "log", tmp_path)
+    work = {"script": "selftest.py", "arguments": [], "env": {}, "limit": 10, **verified}
+    unpacked = lab.home("one") / "unpacked" / job.sha256
+    with open(unpacked / "infer.py", "a") as f:
+        f.write("\nprint('mine')\n")
+    with pytest.raises(DeviceFailed, match=r"infer\.py on the device is missing or was changed"):
+        ssh.ask("work", **work)
+    archive = lab.home("one") / "archives" / f"{job.sha256}.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:-1] + b"x")
+    with pytest.raises(DeviceFailed, match="the archive on the device was changed"):
+        ssh.ask("unpack", **verified)
+    (again,) = run_fleet(job, [device("one")], tmp_path / "out", QUIET)  # copied and unpacked again
+    assert again.status == "done"
+    (unpacked / "numpy.py").write_text("print('mine')")
+    with pytest.raises(DeviceFailed, match=r"numpy\.py on the device is not part of the bundle"):
+        ssh.ask("work", **work)
+
+
+def test_a_failed_selftest_is_exit_code_1_and_keeps_the_times(lab, job, tmp_path):
+    report = {
+        "format": "decant-selftest-1",
+        "exit_code": 1,
+        "results": [{"check": "onnx-fp32", "status": "FAIL", "text": "cosine 0.1"}],
+    }
+    env = beside_selftest(tmp_path / "site", f"print({json.dumps(json.dumps(report))}, flush=True)\nos._exit(1)")
+    (outcome,) = run_fleet(job, [device("one", env=env)], tmp_path / "out", QUIET)
+    assert (outcome.status, outcome.exit_code) == ("failed", 1)
+    assert "onnx-fp32: cosine 0.1" in str(outcome.reason)
+    assert any(r.metric == "latency_p50_ms" and r.status == "measured" for r in outcome.rows)
+
+
+def test_a_step_that_hangs_is_ended_with_its_children(lab, job, tmp_path):
+    lines = f"if not os.fork():\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    env = beside_selftest(tmp_path / "site", lines)
+    (outcome,) = run_fleet(job, [device("one", env=env, timeout=8.0)], tmp_path / "out", QUIET)
+    assert outcome.status == "failed"
+    assert "selftest.py did not end within 8 s" in str(outcome.reason)
+    assert gone(int(waited(tmp_path / "pid")))
+
+
+def test_stopping_ends_the_work_there_and_keeps_what_came_home(lab, job, tmp_path):
+    lines = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    env = beside_selftest(tmp_path / "site", lines)
+    run = DeviceRun(job, device("one", env=env), tmp_path / "out/one", tmp_path, QUIET)
+    thread = threading.Thread(target=run.run)
+    thread.start()
+    pid = int(waited(tmp_path / "pid"))
+    run.ssh.stop()
+    thread.join(20)
+    assert run.outcome.status == "stopped"
+    assert gone(pid)
+    assert any(r.metric == "latency_p50_ms" and r.status == "measured" for r in read_rows(tmp_path / "out/one/rows.jsonl"))
+
+
+def test_two_runs_do_not_share_a_folder_but_a_run_takes_over_from_itself(lab, tmp_path):
+    def ssh() -> Ssh:
+        return Ssh(device("one").address(), device("one").python, None, tmp_path / "log", tmp_path)
+
+    with ssh().held("a"):
+        with pytest.raises(DeviceFailed, match="another `decant device` is at work"), ssh().held("b", wait=0):
+            pass
+        with pytest.raises(DeviceFailed, match="another `decant device` is at work"):
+            ssh().ask("clean")
+        with ssh().held("a", wait=5):  # as after a lost connection that the device has not noticed
+            pass
+
+
+def test_a_folder_of_others_is_left_alone(lab, tmp_path):
+    lab.home("one").mkdir(parents=True)
+    (lab.home("one") / "thesis.txt").write_text("")
+    ssh = Ssh(device("one").address(), device("one").python, None, tmp_path / "log", tmp_path)
+    with pytest.raises(DeviceFailed, match="holds other files"), ssh.held("a"):
+        pass
+    clean([device("one")], None, False)
+    assert [p.name for p in lab.home("one").iterdir()] == ["thesis.txt"]
+
+
+def test_list_and_clean(lab, job, tmp_path, capsys):
+    run_fleet(job, [device("one")], tmp_path / "out", QUIET)
+    with pytest.raises(EnvironmentFailed, match=r"locked: ssh cannot log in .*Permission denied"):
+        look([device("one"), device("locked")], None, True)
+    one, locked = json.loads(capsys.readouterr().out)
+    assert one["numpy"]
+    assert one["free_gb"] > 0
+    assert "Permission denied" in locked["reason"]
+    (lab.home("one") / "archives/mine.txt").write_text("kept")
+    clean([device("one")], None, False)
+    assert "freed_mb" in capsys.readouterr().out
+    assert [p.name for p in lab.home("one").rglob("*") if p.is_file() and not p.name.startswith(".")] == ["lock", "mine.txt"]
+    (lab.home("one") / "archives/mine.txt").unlink()
+    clean([device("one")], None, False)
+    assert not lab.home("one").exists()
+
+
+def test_a_bundle_of_the_wrong_key_reaches_no_device(lab, bundle, tmp_path):
+    _, _, key = make_keys(tmp_path / "keys", None)
+    with pytest.raises(GateFailed, match="not signed"):
+        run_command(bundle, [device("one")], Trust((key.public,)), tmp_path / "out", None, FAST, None, False, QUIET)
+    assert lab.asked() == []
+
+
+def test_a_device_without_python_or_room(lab, job, tmp_path):
+    (outcome,) = run_fleet(job, [device("one", python="no-python")], tmp_path / "out", QUIET)
+    assert "it has no no-python" in str(outcome.reason)
+    large = replace(job, bundle=replace(job.bundle, unpacked=1 << 60))
+    (outcome,) = run_fleet(large, [device("two")], tmp_path / "out", QUIET)
+    assert "MB are free there" in str(outcome.reason)
+    assert {outcome.exit_code} == {3}
+
+
+def test_rows_land_in_the_report(lab, bundle, tmp_path, capsys, monkeypatch):
+    run, devices = tmp_path / "run", [device("one"), device("dead")]
+    monkeypatch.setattr("export.devices.fleet.TRIES", 1)
+    with pytest.raises(EnvironmentFailed, match="dead: the connection was lost"):
+        run_command(bundle, devices, Trust(), run / "devices", "pruned/small", FAST, None, True, QUIET)
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["format"], printed["exit_code"]) == ("decant-devices-1", 3)
+    own = Row(
+        metric="latency_p50_ms",
+        value=9.0,
+        subject="pruned/small",
+        target="onnx-fp32",
+        conditions={"resolution": 32, "batch": 1},
+    )
+    page = write_report(run, tmp_path / "report", [own])
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    Report.model_validate(report)
+    assert [d["name"] for d in report["devices"]] == ["dead", "one"]
+    assert report["devices"][1]["machine"]["numpy"]
+    assert report["devices"][1]["machine_id"] == next(r["conditions"]["machine"] for r in report["devices"][1]["rows"])
+    assert len(report["rows"]) == 1  # the run's own numbers stay its own
+    assert "| one | pruned small, ONNX FP32 | 32 | 1 |" in (tmp_path / "report/report.md").read_text()
+    assert "On devices" in page.read_text()
+    assert "No route to host" in page.read_text()
+    assert ",pruned/small,onnx-fp32,latency_p50_ms," in "," + (tmp_path / "report/report.csv").read_text().replace("\n", "\n,")
+
+
+HOSTILE = [
+    "host", "ssh://", "ssh://-oProxyCommand=x", "ssh://-oProxyCommand=x@host", "ssh://a@-host", "ssh://a b@host", "ssh://a@ho st",
+    "ssh://a@host:0", "ssh://a@host:70000", "ssh://a@host:22x", "ssh://a@host:", "ssh://@host", "ssh://a@host/../etc", "ssh://a@host/~",
+    "ssh://a@host/-rf", "ssh://a@host/a;b", "ssh://a@host/$(x)", "ssh://a@host\n", "ssh://a`x`@host", "ssh://[::1", "ssh://[x]", "http://a@host",
+    "ssh://a@host/ ", "ssh://a@host/%h", "ssh://a%h@host", "ssh://a@b@host", "ssh://a@host//",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_addresses_are_refused(text):
+    with pytest.raises(UserError, match=r"ssh://user@host\[:port\]\[/dir\]") as e:
+        parse_address(text)
+    assert str(e.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        ("ssh://me@jetson.local:2222/data/x", "ssh://me@jetson.local:2222/data/x"),
+        ("ssh://jetson", "ssh://jetson/~/decant-device"),
+        ("ssh://[fe80::1%eth0]:22/~/a", "ssh://[fe80::1%eth0]:22/~/a"),
+    ],
+)
+def test_addresses(text, again):
+    assert str(parse_address(text)) == again
+    assert parse_address(again) == parse_address(text)
+
+
+def test_no_part_of_an_address_becomes_an_option_or_a_second_command(tmp_path):
+    ssh = Ssh(parse_address("ssh://me@host:22/~/dir"), "py'; touch x; '", None, tmp_path / "log", tmp_path)
+    command = ssh.command({"do": "about"}, False, b"")
+    assert command[-3:-1] == ["--", "host"]
+    assert command[-1].startswith("'py'\"'\"'; touch x; '\"'\"''")
+
+
+def test_device_files(tmp_path):
+    file = tmp_path / "devices.yaml"
+    file.write_text(
+        "devices:\n  - {name: a, on: ssh://me@one, python: /opt/venv/bin/python, env: {A: b}}\n  - {name: b, on: ssh://two}\n"
+    )
+    a, b = devices_of([], file, "python3.10", None)
+    assert (a.python, b.python, a.env) == ("/opt/venv/bin/python", "python3.10", {"A": "b"})
+    file.write_text("devices:\n  - name: a\n    on: ssh://-x\n  - name: ../b\n    on: ssh://two\n    timeout: 0\n")
+    with pytest.raises(UserError) as e:
+        read_devices(file)
+    lines = str(e.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [f"{file}:2", f"{file}:4", f"{file}:4"]
+    file.write_text("devices:\n  - {name: a, on: ssh://one, pyhton: x}\n")
+    with pytest.raises(UserError, match=r"devices\.yaml:2: devices.*pyhton.*did you mean python"):
+        read_devices(file)
+    file.write_text("- {name: a, on: ssh://one}\n")
+    with pytest.raises(UserError, match="begins with `devices:`"):
+        read_devices(file)
+    with pytest.raises(UserError, match="has the place of an earlier device"):
+        devices_of(["ssh://one", "ssh://one/~/decant-device"], None, None, None)
+    with pytest.raises(UserError, match="Name a device"):
+        devices_of([], None, None, None)
+
+
+def test_what_a_device_says_is_not_believed():
+    good = {
+        "metric": "latency_p50_ms",
+        "target": "onnx-fp32",
+        "value": 1.0,
+        "n": 3,
+        "status": "measured",
+        "conditions": {"batch": 1},
+    }
+    bad = [{**good, "value": float("nan")}, {**good, "value": None}, {**good, "conditions": 3}, {**good, "status": "x"}, 7, {}]
+    odd = {**good, "target": "onnx\x1b[2J", "conditions": {"on_device": "another", "x": ["\x1b"]}}
+    found = rows_home(
+        {"bench": {"rows": [*bad, good, odd]}, "selftest": {"results": [None, {"files": 3}]}}, "s", {"on_device": "d"}, {}
+    )
+    assert [r.value for r in found] == [1.0, 1.0]
+    assert {r.conditions["on_device"] for r in found} == {"d"}
+    assert "\x1b" not in found[1].model_dump_json()
