@@ -77,7 +77,7 @@ def _host_and_port(text: str) -> tuple[str, str | None]:
     """(host, port as written or None); an IPv6 address stands in brackets."""
     if text.startswith("["):
         host, closed, port = text[1:].partition("]")
-        if not closed or (port and not port.startswith(":")):
+        if not closed or ":" not in host or (port and not port.startswith(":")):
             return "", None
         return host, port[1:] if port else None
     host, colon, port = text.partition(":")

@@ -101,11 +101,13 @@ class Ssh:
         """
         with self.started({"do": do, **request}, master=False) as (process, errors):
             assert process.stdin is not None
-            timer = threading.Timer(timeout, process.kill)
+            timer = threading.Timer(timeout, end, [process])
             timer.start()
             try:
                 if send is not None:
-                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer, or its absence, says why
+                    with contextlib.suppress(
+                        BrokenPipeError, ConnectionResetError, ValueError
+                    ):  # the answer, or its absence, says why
                         send(process.stdin)
                         process.stdin.close()
                 assert process.stdout is not None
@@ -124,7 +126,7 @@ class Ssh:
         """
         with self.started({"do": "hold", "token": token, "wait": wait}, master=True) as (process, errors):
             assert process.stdout is not None
-            timer = threading.Timer(CONNECT_S + GRACE_S, process.kill)
+            timer = threading.Timer(CONNECT_S + GRACE_S, end, [process])
             timer.start()
             output = b""
             while MARK not in output and (line := process.stdout.readline(1 << 16)):
@@ -183,7 +185,7 @@ class Ssh:
         with self.lock:
             self.stopped.set()
             for process in self.running:
-                process.kill()
+                end(process)
 
     def answer(self, code: int, output: bytes, errors: str) -> dict[str, Any]:
         """What came back, read."""
@@ -207,6 +209,14 @@ class Ssh:
         if code > 0 and code != LOST:
             raise DeviceFailed(f"its Python ended with {code} ({said}); 3.9 or newer is needed")
         raise Lost(said)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill an ssh, and drop the leash, whoever else holds the other end."""
+    process.kill()
+    with contextlib.suppress(OSError, ValueError):
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 @contextlib.contextmanager

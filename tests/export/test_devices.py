@@ -208,7 +208,7 @@ def test_list_and_clean(lab, job, tmp_path, capsys):
 def test_a_bundle_of_the_wrong_key_reaches_no_device(lab, bundle, tmp_path):
     _, _, key = make_keys(tmp_path / "keys", None)
     with pytest.raises(GateFailed, match="not signed"):
-        run_command(bundle, [device("one")], Trust((key.public,)), tmp_path / "out", None, FAST, None, False, QUIET)
+        run_command(bundle, [device("one")], Trust((key,)), tmp_path / "out", None, FAST, None, False, QUIET)
     assert lab.asked() == []
 
 
