@@ -1,6 +1,9 @@
 """A bundle on devices, through a fake `ssh` that runs everything on this machine."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +11,12 @@ from pathlib import Path
 import pytest
 from device_lab import QUIET, Lab, beside_selftest, device, gone, waited
 from tiny_bundle import tiny_artifacts, tiny_bundle
+from typer.testing import CliRunner
 
 from distill.errors import EnvironmentFailed, GateFailed, UserError
-from distill.files import sha256_file
-from distill.rows import Row, read_rows
+from distill.files import sha256_file, write_json
+from distill.rows import Row, read_rows, write_rows
+from export import device_report
 from export.bundle import BundleConfig
 from export.devices.address import parse_address
 from export.devices.fleet import DeviceRun, Job, run_fleet
@@ -21,6 +26,7 @@ from export.keys import make_keys
 from export.report import write_report
 from export.report_schema import Report
 from export.verify import Trust, verify
+from recipes.cli import app
 from recipes.device import clean, devices_of, look, read_devices
 from recipes.device import run as run_command
 
@@ -144,10 +150,10 @@ def test_a_failed_selftest_is_exit_code_1_and_keeps_the_times(lab, job, tmp_path
 
 def test_a_step_that_hangs_is_ended_with_its_children(lab, job, tmp_path):
     lines = f"if not os.fork():\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
-    env = beside_selftest(tmp_path / "site", lines)
-    (outcome,) = run_fleet(job, [device("one", env=env, timeout=8.0)], tmp_path / "out", QUIET)
+    env = beside_selftest(tmp_path / "site", lines, "bench.py")
+    (outcome,) = run_fleet(job, [device("one", env=env, timeout=3.0)], tmp_path / "out", QUIET)
     assert outcome.status == "failed"
-    assert "selftest.py did not end within 8 s" in str(outcome.reason)
+    assert "bench.py did not end within 3 s" in str(outcome.reason)
     assert gone(int(waited(tmp_path / "pid")))
 
 
@@ -324,3 +330,41 @@ def test_what_a_device_says_is_not_believed():
     assert [r.value for r in found] == [1.0, 1.0]
     assert {r.conditions["on_device"] for r in found} == {"d"}
     assert "\x1b" not in found[1].model_dump_json()
+
+
+def test_the_command(lab, bundle, tmp_path, capsys):
+    run, python = tmp_path / "run", ["--python", sys.executable]
+    write_json(run / "run.json", {"format": "decant-run-1", "recipe": "tiny"})
+    own = Row(metric="size_mb", value=1.0, subject="qad/small", target="onnx-fp32")
+    write_rows(run / "rows.jsonl", [own])
+    options = ["--on", "ssh://one", "--run", str(run), "--seconds", "0.02", "--json", *python]
+    done = CliRunner().invoke(app, ["device", "run", str(bundle), *options])
+    assert done.exit_code == 0, done.output
+    assert {r.subject for r in read_rows(run / "devices/one/rows.jsonl")} == {"qad/small"}
+    assert set(device_report.fingerprints(run)) == {"device one"}
+    both = CliRunner().invoke(app, ["device", "run", str(bundle), *options, "--out", str(tmp_path)])
+    assert both.exit_code == 2
+    assert "give one of them" in both.output
+    bad = CliRunner().invoke(app, ["device", "run", str(bundle), "--on", "ssh://-x"])
+    assert bad.exit_code == 2
+    assert (
+        CliRunner().invoke(app, ["device", "run", str(bundle), "--on", "ssh://locked", "--out", str(tmp_path / "o")]).exit_code
+        == 3
+    )
+
+
+def test_an_interrupt_stops_all_and_keeps_what_came_home(lab, bundle, tmp_path):
+    """As by Ctrl-C in a terminal."""
+    lines = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    env = beside_selftest(tmp_path / "site", lines)
+    file = tmp_path / "devices.yaml"
+    file.write_text(f"devices:\n  - {{name: one, on: 'ssh://one', python: '{sys.executable}', env: {json.dumps(env)}}}\n")
+    command = [sys.executable, "-m", "recipes.cli", "device", "run", str(bundle), "--devices", str(file), "--seconds", "0.02"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    pid = int(waited(tmp_path / "pid"))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert gone(pid)
+    assert json.loads((tmp_path / "out/one/device.json").read_text())["status"] == "stopped"
+    assert any(r.metric == "latency_p50_ms" and r.status == "measured" for r in read_rows(tmp_path / "out/one/rows.jsonl"))
