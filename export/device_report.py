@@ -1,6 +1,7 @@
 """What the report says of devices: RUN/devices/NAME, as `decant device run --run RUN` brought it home."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,18 @@ def collect(run_folder: Path) -> list[dict[str, Any]]:
     """Every device that something came home from, JSON-ready: name, status, reason, machine, machine_id, checks and rows."""
     found = []
     for path in sorted((run_folder / FOLDER).glob("*/device.json")):
-        about = read_json(path)
-        rows = read_rows(path.with_name("rows.jsonl"))
-        found.append(
-            {
-                **{k: about[k] for k in ("name", "status", "reason", "machine", "steps", "ended", "bundle_sha256")},
-                "machine_id": next((str(r.conditions["machine"]) for r in rows if "machine" in r.conditions), None),
-                "rows": [r.model_dump(exclude_none=True) for r in rows],
-            }
-        )
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is left out: the rest is still a report
+            found.append(_device(path))
     return found
+
+
+def _device(path: Path) -> dict[str, Any]:
+    about, rows = read_json(path), read_rows(path.with_name("rows.jsonl"))
+    return {
+        **{k: about[k] for k in ("name", "status", "reason", "machine", "steps", "ended", "bundle_sha256")},
+        "machine_id": next((str(r.conditions["machine"]) for r in rows if "machine" in r.conditions), None),
+        "rows": [r.model_dump(exclude_none=True) for r in rows],
+    }
 
 
 def rows_of(devices: Sequence[dict[str, Any]]) -> list[Row]:

@@ -192,7 +192,7 @@ class DeviceRun:
         if report is None:
             return {
                 "status": "failed",
-                "why": f"{script} ended with exit code {found['code']} and no report; see {self.ssh.log}",
+                "why": f"{script} ended with exit code {found['code']} and no report; its log says more",
             }
         self.outcome.reports[name] = report
         write_json(self.folder / f"{name}.json", report)

@@ -25,8 +25,7 @@ CONNECT_S, ALIVE_S, ALIVE_COUNT = 10, 5, 3
 GRACE_S = 30.0  # what a request may take beyond its own limit, which the device keeps
 MOST_ANSWER = 64 << 20
 LOST = 255  # ssh's own exit code for whatever is wrong with the connection
-HOPELESS = ("permission denied", "host key verification failed", "identification has changed", "bad configuration option",
-            "too many authentication failures", "no such file or directory", "terminating,")  # fmt: skip
+HOPELESS = ("permission denied", "host key verification failed", "bad configuration option", "too many authentication failures")
 
 
 class DeviceFailed(Exception):
@@ -202,7 +201,9 @@ class Ssh:
             if not ok:
                 raise DeviceFailed(shown(str(found.get("why"))))
             return found
-        if code == LOST and any(word in errors.lower() for word in HOPELESS):
+        if code == LOST and any(
+            word in said.lower() for word in HOPELESS
+        ):  # of the last line: what the device wrote is before it
             raise Unreachable(f"ssh cannot log in ({said}); `ssh {self.address.host}` must work without a question")
         if code in (126, 127):
             raise DeviceFailed(f"it has no {shown(self.python)} ({said}); name its Python with --python")
