@@ -42,7 +42,13 @@ setup(
     packages=find_packages(include=["distill*", "export*", "recipes*"]),
     package_data={
         "recipes": ["*.yaml"],
-        "export": ["templates/*", "templates/bundle/*", "templates/bundle/samples/cpp/*", "templates/layouts/*"],
+        "export": [
+            "templates/*",
+            "templates/bundle/*",
+            "templates/bundle/samples/cpp/*",
+            "templates/device/*",
+            "templates/layouts/*",
+        ],
     },
     install_requires=[
         "torch>=2.11,!=2.13.0",  # the CPU wheel of 2.13.0 breaks torchvision, and with it timm

@@ -4,7 +4,7 @@ manifest.json         what the other files are (see verify.py); in a signed bund
 artifacts/TARGET/     artifact.json and the artifact's files, as exported
 preprocess.{py,json}  a copy of distill/data/preprocess.py, and its settings per resolution
 golden/               raw images (.png), their tensors (.npy), expected outputs per artifact (.npz)
-infer.py selftest.py  a runtime sample and the self-test; numpy, Pillow and a runtime are all they need
+infer.py selftest.py bench.py  a runtime sample, the self-test, the stopwatch; numpy, Pillow and a runtime are all they need
 build_engine.py       compiles the ONNX files into engines on a device, with engine_*.py; REBUILD.md has trtexec's commands
 samples/cpp/          the same sample in C++ with OpenVINO
 report/               the run's report
@@ -52,7 +52,7 @@ from export.targets import SPECS, ExportConfig
 from export.verify import ANYONE, FORMAT, MANIFEST, Trust, verify
 
 TEMPLATES = Path(__file__).parent / "templates" / "bundle"
-COPIED = ("infer.py", "selftest.py", "LICENSE", "samples/cpp/main.cpp", "samples/cpp/Makefile")
+COPIED = ("infer.py", "selftest.py", "bench.py", "machine.py", "LICENSE", "samples/cpp/main.cpp", "samples/cpp/Makefile")
 REPORT_SUFFIXES = (".html", ".json", ".csv", ".md")
 LAYOUTS = {
     "images": "batch, channel (red, green, blue), row, column",

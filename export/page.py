@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill.rows import Row
-from export import compression_report, plots, tables
+from export import compression_report, device_report, plots, tables
 from export.advice import presets
 from export.candidates import Candidate, candidates_of, runtimes_of
 from export.labels import METRICS, label_of, metric_name
@@ -32,6 +32,7 @@ SECTIONS = {
     "artifacts": "What ships",
     "compression": "Compression",
     "tasks": "Other tasks",
+    "devices": "On devices",
     "features": "What the features see",
     "training": "Training",
     "missing": "Not measured",
@@ -51,7 +52,7 @@ def render(
     charts, shapes = tradeoff_charts(book, metric, styles)
     compression = compression_report.view(report["compression"], book, metric, report["fingerprint"])
     tasks = task_views(book)
-    shown = {"compression": bool(compression), "tasks": bool(tasks)}
+    shown = {"compression": bool(compression), "tasks": bool(tasks), "devices": bool(report["devices"])}
     sections = [name for name in SECTIONS if shown.get(name, True)]
     found = candidates_of(book, metric)
     machine = dict.fromkeys(("cpu", "memory_gb", "os", "python", "commit")) | {"gpus": [], "packages": {}}
@@ -65,6 +66,7 @@ def render(
             number=Counter(),
             compression=compression,
             tasks=tasks,
+            device_lines=device_report.device_lines(device_report.rows_of(report["devices"])),
             book=book,
             headline=headline,
             bars=headline_bars(headline, styles),

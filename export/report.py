@@ -16,7 +16,7 @@ from pydantic import Field
 from distill.config import Config
 from distill.files import read_json, write_bytes, write_json, write_text
 from distill.rows import Row
-from export import compression_report, tables
+from export import compression_report, device_report, tables
 from export.advice import presets
 from export.candidates import candidates_of
 from export.fingerprint import fingerprint as fingerprint_now
@@ -92,7 +92,7 @@ def write_report(
     report = collect(run_folder, rows, config, fingerprint, commands, models, stages) | {"pictures": _about(pictures)}
     page = render(report, rows, config.accuracy, strip, pictures)
     write_json(out_folder / "report.json", report)
-    write_text(out_folder / "report.csv", csv_text(rows))
+    write_text(out_folder / "report.csv", csv_text([*rows, *device_report.rows_of(report["devices"])]))
     write_text(out_folder / "report.md", markdown(report, rows))
     if strip:
         write_bytes(out_folder / "pictures.png", strip)
@@ -126,6 +126,7 @@ def collect(
         "fingerprint": found,
         "fingerprint_of": "the machine that measured" if fingerprint or stored else "the machine that wrote this report",
         "compression": compression_report.collect(run_folder, rows),
+        "devices": device_report.collect(run_folder),
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         "curves": curves,
         "stages": [s for s in stage_times(run_folder) if stages is None or s["stage"] in stages],
@@ -235,6 +236,10 @@ def markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
             f"| {safe(line.label)} | {accuracy} | {tables.significant(line.latency)} | {tables.significant(line.size)} |"
         )
     lines += ["", "In brackets: 95 % intervals. Latency is the median of one call at the smallest batch measured.", ""]
+    if cells := device_report.table_cells(report["devices"], tables.significant):
+        lines += ["## On devices", "", "| device | file | px | batch | latency ms | images a second | PNG to features ms |"]
+        lines += ["|---|---|---:|---:|---:|---:|---:|", *(f"| {' | '.join(map(safe, line))} |" for line in cells), ""]
+        lines += [f"{safe(d['name'])}: {safe(d['reason'])}." for d in report["devices"] if d["reason"]] + [""]
     missing = tables.missing_table(rows)
     lines += ["## Not measured", ""] + (["Everything that was asked for was measured."] if not missing else [])
     for group in missing:

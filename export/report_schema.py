@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from distill.rows import Row
 
 SCHEMA: Literal["decant-report-1"] = "decant-report-1"
-VERSION: Literal["1.1"] = "1.1"
+VERSION: Literal["1.2"] = "1.2"
 
 
 class Part(BaseModel):
@@ -97,6 +97,20 @@ class PictureInfo(Part):
     bytes: Annotated[int, Field(ge=0)]
 
 
+class Device(Part):
+    """What came home from a device; its rows name it as `on_device`. machine_id: the condition `machine` of its rows."""
+
+    name: str
+    status: Literal["done", "failed", "unreachable", "stopped"]
+    reason: str | None
+    machine: dict[str, str]
+    machine_id: str | None
+    steps: dict[str, dict[str, Any]]
+    ended: str
+    bundle_sha256: str
+    rows: list[Row]
+
+
 class Report(Part):
     """report.json: the truth that report.csv, report.md and index.html are made from.
 
@@ -111,7 +125,7 @@ class Report(Part):
     model_config = ConfigDict(extra="forbid", title="Decant report")
 
     schema_: Literal["decant-report-1"] = Field(alias="schema")
-    schema_version: Literal["1.1"]
+    schema_version: Literal["1.2"]
     title: str
     run: RunInfo
     summary: list[str]
@@ -120,6 +134,7 @@ class Report(Part):
     fingerprint: dict[str, Any]
     fingerprint_of: str
     compression: Compression
+    devices: list[Device]
     pictures: list[PictureInfo]
     recipe: str | None
     curves: dict[str, list[LogRecord]]

@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 
 from distill.rows import Row
+from export.device_report import device_lines
 from export.labels import METRICS
 
 VERDICTS = {"FASTER": "[green]FASTER[/]", "SLOWER": "[red]SLOWER[/]", "INCONCLUSIVE": "INCONCLUSIVE"}
@@ -142,3 +143,21 @@ def sentences(rows: list[Row], processors: int, busy: float) -> list[str]:
         names = "" if files <= who.keys() else " of " + ", ".join(name_of(*key) for key in who)
         found.append(f"Not measured: {what}{names}: {reason}")
     return found
+
+
+def device_table(rows: list[Row]) -> Table:
+    """A line a device, file, resolution and batch."""
+    table = Table(
+        title="On devices", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column in ("device", "file"):
+        table.add_column(column, overflow="fold")
+    for column in ("px", "batch", "p50 ms", "95 %", "a second", "PNG ms", "cosine"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in device_lines(rows):
+        latency = line.latency
+        named = [number(r.value) if r else "" for r in (line.throughput, line.end_to_end)]
+        cosine = "" if line.cosine is None or line.cosine.value is None else f"{line.cosine.value:.5f}"
+        cells = [*place(latency, ["resolution", "batch"]), number(latency.value), interval(latency), *named, cosine]
+        table.add_row(line.device, latency.target, *cells)
+    return table

@@ -4,21 +4,19 @@ import gc
 import io
 import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from distill.errors import DecantError, GateFailed, UserError
-
-if TYPE_CHECKING:
-    from distill.progress import Progress
+from distill.errors import GateFailed, UserError
+from recipes.cli_parts import Bundle, Keys, Quiet, RequireSignature, collect_garbage, progress, sentences
+from recipes.device_cli import app as device_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(device_app, name="device")
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one, such as quickstart.")
@@ -27,15 +25,7 @@ Settings = Annotated[
     list[str], typer.Option("--set", metavar="a.b=v", help="Override a setting; may be repeated. The value is YAML.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder. By default runs/<the recipe's name>.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Plain lines instead of progress bars.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
-Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, such as runs/quickstart/bundles/small.tar.gz.")]
-
-Keys = Annotated[
-    list[Path],
-    typer.Option("--key", metavar="PUB", help="A public key that you trust; may be repeated: one of them must have signed."),
-]
-RequireSignature = Annotated[bool, typer.Option("--require-signature", help="Refuse a bundle that nobody signed.")]
 
 
 def main() -> None:
@@ -444,18 +434,6 @@ def again(groups: tuple[str, ...], folder: Path, quiet: bool) -> None:
             execute(folder, stages, progress(quiet), recipe=info["recipe"], text=text, force=names)
 
 
-def collect_garbage() -> None:
-    """From here on, for all that is made from here on."""
-    gc.freeze()
-    gc.enable()
-
-
-def progress(quiet: bool) -> "Progress":
-    from distill.progress import Progress
-
-    return Progress("plain" if quiet else "auto")
-
-
 @contextmanager
 def results(folder: Path, until: str | None = None) -> Iterator[None]:
     """What a run ends with, also when a gate failed: the table, the report's path, the next command."""
@@ -484,53 +462,6 @@ def show_results(folder: Path, until: str | None) -> None:
     # After a failed gate a bundle that lies there is of an earlier version.
     bundles = [] if sys.exc_info()[0] else sorted((folder / "bundles").rglob("*.tar.gz"))
     typer.echo(f"Next:   decant {f'selftest {bundles[0]}' if bundles else f'report {folder}'}")
-
-
-class Crash:
-    """Where a traceback goes: the run folder, once one is known."""
-
-    folder: Path | None = None
-
-    def write(self, text: str) -> Path:
-        if self.folder is not None and (self.folder / "run.json").exists():
-            path = self.folder / "crash.txt"
-        else:
-            path = Path(tempfile.mkdtemp(prefix="decant-")) / "crash.txt"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-
-@contextmanager
-def sentences() -> Iterator[Crash]:
-    """Errors become one sentence on stderr and an exit code; DECANT_DEBUG=1 shows the traceback as well."""
-    crash = Crash()
-    try:
-        yield crash
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except DecantError as e:
-        _tell(e, str(e), e.exit_code)
-    except KeyboardInterrupt as e:
-        _tell(e, "Stopped.", 130)
-    except Exception as e:
-        _tell(e, _bug(e, crash), 1)
-
-
-def _bug(error: Exception, crash: Crash) -> str:
-    said = str(error).strip().splitlines()
-    what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
-    try:
-        path: Any = crash.write("".join(traceback.format_exception(error)))
-    except OSError as e:
-        path = f"lost ({e})"
-    return f"Decant failed, which is a defect of decant ({what}). The traceback is in {path}: please report it with that file."
-
-
-def _tell(error: BaseException, sentence: str, code: int) -> None:
-    if os.environ.get("DECANT_DEBUG", "0") not in ("", "0"):
-        traceback.print_exception(error)
-    typer.echo(sentence, err=True)
-    raise typer.Exit(code) from error
 
 
 if __name__ == "__main__":  # accelerate launch -m recipes.cli run ...

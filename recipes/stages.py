@@ -7,6 +7,7 @@ from pathlib import Path
 from distill.errors import UserError
 from distill.files import sha256_file, sha256_json
 from distill.models.foreign import LoadConfig, files_of
+from export import device_report
 from export.targets import SPECS, Target, prerequisites
 from recipes import shipping, work
 from recipes.data import Data
@@ -86,7 +87,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             folder=Path("report"),
             config={"report": r.report.model_dump(), "recipe": sha256_json(r.model_dump(mode="json", exclude={"runtime"}))},
             inputs=tuple(s.name for s in stages),
-            data=data.fingerprints("test"),
+            data=data.fingerprints("test") | device_report.fingerprints(run),
             work=shipping.report(r, data, run, [s.name for s in stages]),
         )
     )

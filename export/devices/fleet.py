@@ -1,0 +1,261 @@
+"""One bundle on several devices at once: each is copied to, verified, rebuilt, tested and timed by itself, and fails by itself.
+
+OUT/NAME/   device.json (what became of it), rows.jsonl, build.json, selftest.json, bench.json, log (its stderr)
+OUT/NAME/previous/   the same of the run before
+"""
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill.files import write_json
+from distill.progress import Progress
+from distill.rows import Row, write_rows
+from export.archive import shown
+from export.devices.config import DeviceConfig
+from export.devices.rows import lost_row, rows_home
+from export.devices.ssh import DeviceFailed, Lost, Ssh, Stopped, Unreachable, sockets
+from export.devices.transfer import copy
+from export.verify import VerifyResult
+
+TRIES = 4  # of one step, when the connection is lost
+BACKOFF_S = 2.0
+FORMAT = "decant-device-1"
+ENGINES = "{engines}"  # the device's folder of engines, filled in there
+FILES = ("device.json", "rows.jsonl", "build.json", "selftest.json", "bench.json", "log")
+FORMATS = {"build": "decant-rebuild-1", "bench": "decant-device-bench-1", "selftest": "decant-selftest-1"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done on every device.
+
+    Attributes:
+        bundle: as verified here. sha256: of its archive. subject: the student in rows, e.g. `students/small`.
+        bench: options of bench.py. config: for ssh.
+    """
+
+    bundle: VerifyResult
+    sha256: str
+    subject: str
+    bench: tuple[str, ...] = ()
+    config: Path | None = None
+    backoff: float = BACKOFF_S
+
+
+@dataclass
+class Outcome:
+    """What became of one device.
+
+    Attributes:
+        status: `done`; `failed`: one of its checks did; `unreachable`: it was not there, went away, or cannot run anything; `stopped`.
+        reason: a clause; None when it is done.
+        reports: of build, bench and self-test, as far as they came home. machine: as bench.py (or else selftest.py) tells it.
+    """
+
+    name: str
+    status: str = "stopped"
+    reason: str | None = "it was stopped before it began"
+    machine: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return {"done": 0, "failed": 1}.get(self.status, 3)
+
+    def to_json(self) -> dict[str, Any]:
+        kept = ("name", "status", "reason", "machine", "steps")
+        return {"format": FORMAT, "exit_code": self.exit_code, **{k: getattr(self, k) for k in kept}}
+
+
+def run_fleet(job: Job, devices: Sequence[DeviceConfig], out: Path, progress: Progress) -> list[Outcome]:
+    """Do the job on all devices at once -> what became of each, in their order. What came home is in `out` by then.
+
+    Raises:
+        KeyboardInterrupt: the user's; work on the devices was ended, and what had come home is kept.
+    """
+    with sockets() as folder, ThreadPoolExecutor(len(devices)) as pool:
+        runs = [DeviceRun(job, d, out / d.name, folder, progress) for d in devices]
+        futures: list[Future] = [pool.submit(r.run) for r in runs]
+        try:
+            waiting = set(futures)
+            while waiting:
+                waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)[1]  # a signal gets its turn in between
+        except BaseException:
+            for r in runs:
+                r.ssh.stop()
+            raise
+    return [f.result() for f in futures]
+
+
+class DeviceRun:
+    """The job on one device."""
+
+    def __init__(self, job: Job, device: DeviceConfig, folder: Path, sockets: Path, progress: Progress):
+        self.job, self.device, self.folder, self.progress = job, device, folder, progress
+        set_aside(folder)
+        self.ssh = Ssh(device.address(), device.python, job.config, folder / "log", sockets)
+        self.outcome = Outcome(device.name)
+        self.token = uuid.uuid4().hex
+        self.begun = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+    def run(self) -> Outcome:
+        """Never raises what is the device's fault: it becomes the outcome."""
+        o = self.outcome
+        try:
+            self.steps()
+            failed = [f"{name}: {s['why']}" for name, s in o.steps.items() if s["status"] == "failed"]
+            missing = [f"{name}: {s['why']}" for name, s in o.steps.items() if s["status"] == "nothing"]
+            o.status, o.reason = (
+                ("failed" if failed else "unreachable" if missing else "done"),
+                "; ".join(failed or missing) or None,
+            )
+        except Stopped:
+            o.status, o.reason = "stopped", "it was stopped"
+        except Unreachable as e:
+            o.status, o.reason = "unreachable", str(e)
+        except DeviceFailed as e:
+            o.status, o.reason = "unreachable" if not o.steps else "failed", str(e)
+        except Lost as e:
+            o.status, o.reason = "unreachable", f"the connection was lost {TRIES} times ({e})"
+        finally:
+            self.keep()
+        if o.reason:
+            self.progress.say(f"{o.name}: {o.reason}", warning=True)
+        return o
+
+    def steps(self) -> None:
+        """Copy, unpack, rebuild, time, test; a step whose connection is lost is tried again from where it stands."""
+        job = self.job
+        verified: dict[str, Any] = {"sha256": self.job.sha256, "manifest_sha256": self.job.bundle.manifest_sha256}
+        left = [
+            ("copy", lambda: self.copied()),
+            ("unpack", lambda: self.ssh.ask("unpack", timeout=900.0, **verified)),
+            ("build", lambda: self.work("build", "build_engine.py", ["--json", "--out", ENGINES], verified)),
+            ("bench", lambda: self.work("bench", "bench.py", ["--json", *job.bench, *self.engines()], verified)),
+            ("selftest", lambda: self.work("selftest", "selftest.py", ["--json", "--seconds", "0", *self.engines()], verified)),
+        ]
+        tries = 0
+        while left:
+            try:
+                with self.ssh.held(self.token):
+                    while left:
+                        name, step = left[0]
+                        self.progress.say(f"{self.device.name}: {name}")
+                        step()
+                        self.outcome.steps.setdefault(name, {"status": "done"})
+                        left.pop(0)
+                        tries = 0
+            except Lost as e:
+                tries += 1
+                if tries >= TRIES:
+                    raise
+                self.progress.say(f"{self.device.name}: connection lost ({e}); trying again", warning=True)
+                if self.ssh.stopped.wait(self.job.backoff * 2 ** (tries - 1)):
+                    raise Stopped from e
+
+    def copied(self) -> None:
+        copy(self.ssh, self.job.bundle.path, self.job.sha256, self.job.bundle.unpacked, self.progress, self.device.name)
+
+    def engines(self) -> list[str]:
+        """Options for what was rebuilt there, if anything was."""
+        return ["--engines", ENGINES] if self.outcome.steps.get("build", {}).get("engines") else []
+
+    def work(self, name: str, script: str, arguments: list[str], verified: dict[str, Any]) -> None:
+        """Run a script of the bundle there, and bring its report home at once."""
+        d = self.device
+        step: dict[str, Any] = {"status": "done"}
+        asked: dict[str, Any] = {"script": script, "arguments": arguments, "env": d.env, **verified}
+        found = self.ssh.ask("work", timeout=d.timeout + 120.0, limit=d.timeout, **asked)
+        if found.get("absent"):
+            self.outcome.steps[name] = {"status": "absent", "why": f"the bundle has no {script}"}
+            return
+        step |= {"seconds": round(float(found["seconds"]), 3), "code": found["code"], "engines": bool(found["has_engines"])}
+        if found["late"]:
+            step |= {"status": "failed", "why": f"{script} did not end within {d.timeout:g} s and was stopped"}
+        else:
+            step |= self.judged(name, script, found)
+        self.outcome.steps[name] = step
+
+    def judged(self, name: str, script: str, found: dict[str, Any]) -> dict[str, Any]:
+        """A script's report, kept, and what it means."""
+        report = parsed(found["stdout"], FORMATS[name])
+        if report is None:
+            return {
+                "status": "failed",
+                "why": f"{script} ended with exit code {found['code']} and no report; its log says more",
+            }
+        self.outcome.reports[name] = report
+        write_json(self.folder / f"{name}.json", report)
+        if name != "build" and isinstance(report.get("machine"), dict):
+            self.outcome.machine |= {shown(str(k)): shown(str(v)) for k, v in sorted(report["machine"].items())}
+        if found["code"] == 0 and report.get("exit_code") == 0:
+            return {}
+        if found["code"] == 3:  # no TensorRT for the kit is no failure: the ONNX files still run
+            return {
+                "status": "skipped" if name == "build" else "nothing",
+                "why": problem_of(report) or "nothing of it can run there",
+            }
+        return {"status": "failed", "why": problem_of(report) or f"{script} ended with exit code {found['code']}"}
+
+    def keep(self) -> None:
+        """Write what is known: rows that were measured, and a row that says why the rest was not."""
+        o, job = self.outcome, self.job
+        about = {"bundle_sha256": job.sha256, "on_device": o.name}
+        o.rows = rows_home(o.reports, job.subject, about, o.machine)
+        if not any(r.metric == "latency_p50_ms" for r in o.rows):
+            o.rows.append(lost_row(job.subject, o.reason or "bench.py gave no latency", about))
+        write_rows(self.folder / "rows.jsonl", o.rows)
+        when = {"begun": self.begun, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "bundle_sha256": job.sha256}
+        write_json(self.folder / "device.json", {**o.to_json(), **when})
+
+
+def parsed(text: str, form: str) -> dict[str, Any] | None:
+    """A script's JSON report, if it is one of that form."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        if isinstance(found, dict) and found.get("format") == form:
+            return found
+    return None
+
+
+def problem_of(report: dict[str, Any]) -> str | None:
+    """What failed or was skipped in a report, short, without anything that a terminal would obey."""
+    lines = [r for key in ("results", "rows") for r in report.get(key, []) if isinstance(r, dict)]
+    wrong = [r for r in lines if r.get("status") == "FAIL" or (r.get("conditions") or {}).get("failed")]
+    wrong = wrong or [r for r in lines if r.get("status") in ("SKIP", "not measured")]
+    texts = dict.fromkeys(f"{r.get('check', r.get('target'))}: {r.get('text', r.get('reason'))}" for r in wrong)
+    return "; ".join(shown(t) for t in list(texts)[:3]) or None
+
+
+def set_aside(folder: Path) -> None:
+    """Move what an earlier run brought home to `previous`."""
+    here = [folder / name for name in FILES if (folder / name).is_file()]
+    for path in here:
+        (folder / "previous").mkdir(exist_ok=True)
+        os.replace(path, folder / "previous" / path.name)
+
+
+def ask_all(
+    devices: Sequence[DeviceConfig], config: Path | None, do: Callable[[Ssh], dict[str, Any]]
+) -> list[tuple[DeviceConfig, dict[str, Any] | None, str | None]]:
+    """One request to every device at once -> (device, its answer or None, why there is none)."""
+    with sockets() as folder, ThreadPoolExecutor(len(devices)) as pool:
+
+        def one(device: DeviceConfig) -> tuple[DeviceConfig, dict[str, Any] | None, str | None]:
+            try:
+                log = folder / f"{uuid.uuid4().hex}.log"
+                return device, do(Ssh(device.address(), device.python, config, log, folder)), None
+            except (DeviceFailed, Lost) as e:
+                return device, None, str(e)
+
+        return list(pool.map(one, devices))

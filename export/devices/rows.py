@@ -1,0 +1,71 @@
+"""What a device's scripts printed -> rows. The device may be anyone's: what is no number with its conditions is left out."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from distill.files import sha256_json
+from distill.rows import Row, not_measured
+from export.archive import shown
+
+MOST_ROWS = 5_000
+Json = dict[str, Any]
+
+
+def rows_home(reports: dict[str, Json], subject: str, about: Json, machine: Json) -> list[Row]:
+    """Rows of a device's bench.py and selftest.py.
+
+    Args:
+        reports: `bench` and `selftest`, as far as there are any.
+        subject: as in Row. about: conditions of all of them. machine: its description, whose hash goes into each row.
+    """
+    conditions = about | ({"machine": machine_id(machine)} if machine else {})
+    found = [row for raw in _list(reports.get("bench"), "rows") if (row := timed_row(raw, subject, conditions))]
+    return found + selftest_rows(_list(reports.get("selftest"), "results"), subject, conditions)
+
+
+def machine_id(machine: Json) -> str:
+    """A short name for a machine's description: rows of the same one can be compared."""
+    return sha256_json(machine)[:12]
+
+
+def timed_row(raw: Any, subject: str, about: Json) -> Row | None:
+    """A row of bench.py; None where it is none."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("conditions", {}), dict):
+        return None
+    own = {shown(str(k)): scalar(v) for k, v in raw.get("conditions", {}).items()}
+    found: Json = {k: raw[k] for k in ("value", "low", "high", "n", "status") if k in raw}
+    found |= {k: shown(str(raw[k])) for k in ("metric", "target", "reason") if raw.get(k) is not None}
+    try:
+        return Row(subject=subject, conditions=own | about, **found)
+    except ValidationError:
+        return None
+
+
+def selftest_rows(results: list[Any], subject: str, about: Json) -> list[Row]:
+    """The least cosine and the largest difference to the golden outputs, of each file that was tested."""
+    found = []
+    for result in results:
+        for file in _list(result, "files"):
+            if not isinstance(file, dict):
+                continue
+            measures = "golden images of the bundle, against the expected features"
+            where = {"resolution": scalar(file.get("resolution")), "measures": measures, **about}
+            raw = {"target": result.get("check"), "conditions": where, "status": "measured"}
+            for metric in ("cosine_min", "max_abs"):
+                row = timed_row({**raw, "metric": metric, "value": file.get(metric)}, subject, about)
+                found += [row] if row else []
+    return found
+
+
+def lost_row(subject: str, reason: str, about: Json) -> Row:
+    return not_measured("latency_p50_ms", subject, "all", shown(reason), **about)
+
+
+def scalar(value: Any) -> str | int | float | bool | None:
+    return value if isinstance(value, int | float | bool) or value is None else shown(str(value))
+
+
+def _list(report: Any, key: str) -> list[Any]:
+    found = report.get(key) if isinstance(report, dict) else None
+    return found[:MOST_ROWS] if isinstance(found, list) else []
