@@ -71,6 +71,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             inputs=judged,
             data=(data.fingerprints("gallery", "test") if r.data.test is not None else {}) | data.task_fingerprints(),
             work=shipping.evaluate(r, data, run),
+            schema=2,
         ),
         Stage(
             name="benchmark",
