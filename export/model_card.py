@@ -81,11 +81,17 @@ def conditions(row: Row) -> str:
     return ", ".join(f"{name} {row.conditions[name]}" for name in SETTINGS if name in row.conditions)
 
 
-def model_card(student: str, artifacts: Sequence[Artifact], rows: Sequence[Row], about: dict[str, Any]) -> bytes:
+def model_card(
+    student: str,
+    artifacts: Sequence[Artifact],
+    rows: Sequence[Row],
+    about: dict[str, Any],
+    heads: Sequence[dict[str, Any]] = (),
+) -> bytes:
     """The card.
 
     Args:
-        rows: of this student. about: the value of lineage.json.
+        rows: of this student. about: the value of lineage.json. heads: as the manifest lists them.
     """
     targets = [a.target for a in artifacts]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
@@ -104,6 +110,7 @@ def model_card(student: str, artifacts: Sequence[Artifact], rows: Sequence[Row],
         commit=made_from.get("commit"),
         intended=INTENDED,
         limits=LIMITS,
+        heads=heads,
         licence=WEIGHTS_LICENCE,
         missing=[cell(text) for text in missing(rows, targets)],
         rows=[

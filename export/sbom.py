@@ -24,17 +24,25 @@ Json = dict[str, Any]
 
 
 def sbom(
-    student: str, decant: str, artifacts: Sequence[Artifact], rows: Sequence[Row], about: Json, packages: Mapping[str, str]
+    student: str,
+    decant: str,
+    artifacts: Sequence[Artifact],
+    rows: Sequence[Row],
+    about: Json,
+    packages: Mapping[str, str],
+    heads: Sequence[Json] = (),
 ) -> Json:
     """The bill of materials.
 
     Args:
         decant: this program's version. rows: of this student. about: the value of lineage.json.
         packages: name -> version of what built the bundle; those of each artifact and of the lineage are added.
+        heads: as the manifest lists them, with their sha256.
     """
     made_from = about["lineage"]
     origins = [*teacher(made_from), *training_data(made_from)]
     files = [component for artifact in artifacts for component in models(student, artifact, rows)]
+    files += [head_component(student, head) for head in heads]
     libraries = package_components([packages, made_from.get("packages") or {}, *(a.versions for a in artifacts)])
     bom: Json = {
         "$schema": SCHEMA,
@@ -107,6 +115,22 @@ def models(student: str, artifact: Artifact, rows: Sequence[Row]) -> list[Json]:
             }
         )
     return found
+
+
+def head_component(student: str, head: Json) -> Json:
+    """A head that an evaluation trained on the student's features."""
+    ports = {
+        kind: [{"format": f"{p['name']}: {p['dtype']} {p['shape']}"} for p in head[kind]] for kind in ("inputs", "outputs")
+    }
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": head["path"],
+        "name": f"{student}/{head['path']}",
+        "version": head["sha256"][:16],
+        "hashes": sha256(head["sha256"]),
+        "modelCard": {"modelParameters": {"approach": {"type": "supervised"}, "task": head["kind"], **ports}},
+        "properties": properties(path=head["path"], resolution=head["resolution"], trained_on=head["trained_on"]),
+    }
 
 
 def metric(row: Row) -> Json:

@@ -315,6 +315,7 @@ def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
 
 def bundles(r: Recipe, data: Data, run: Path) -> Work:
     def work(folder: Path, progress: Progress) -> None:
+        from distill.evaluate.kept_heads import kept_heads
         from export.bundle import build_bundle
         from export.fingerprint import code
 
@@ -339,6 +340,7 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
                 folder / f"{student}.tar.gz",
                 progress,
                 [row for row in rows if row.subject == subject],
+                kept_heads(run / "evaluate", subject),
             )
 
     return work

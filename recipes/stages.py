@@ -96,9 +96,10 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             name="bundle",
             folder=Path("bundles"),
             config={"bundle": r.bundle.model_dump(exclude={"sign_key"})},
-            inputs=(teacher, *_shipped(r), "report", *(s.name for s in exports)),
+            inputs=(teacher, *_shipped(r), "evaluate", "report", *(s.name for s in exports)),
             data=data.fingerprints("test", "train") | _signer(r),
             work=shipping.bundles(r, data, run),
+            schema=2,
             needs_gates=True,
         )
     )
