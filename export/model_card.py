@@ -13,6 +13,7 @@ import jinja2
 from distill.rows import Row
 from export.artifact import Artifact
 from export.labels import METRICS, target_name
+from export.origin import said
 
 TEMPLATE = Path(__file__).parent / "templates" / "bundle" / "MODEL_CARD.md.j2"
 QUALITY = frozenset(METRICS) - {"load_s", "peak_memory_mb", "build_s", "noise_floor_percent", "class_iou", "size_mb"} | {
@@ -112,6 +113,7 @@ def model_card(
         limits=LIMITS,
         heads=heads,
         licence=WEIGHTS_LICENCE,
+        teachers_licence=said(made_from.get("teacher_origin")),
         missing=[cell(text) for text in missing(rows, targets)],
         rows=[
             {"target": r.target, "metric": r.metric, "number": number(r), "conditions": cell(conditions(r))}

@@ -14,6 +14,7 @@ from distill.files import sha256_json
 from distill.rows import Row
 from export.artifact import Artifact
 from export.model_card import INTENDED, LIMITS, WEIGHTS_LICENCE, conditions, missing, shown
+from export.origin import NOT_STATED, said
 from export.provenance import BUILDER
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
@@ -71,7 +72,9 @@ def the_student(student: str, about: Json, origins: Sequence[Json]) -> Json:
         "name": student,
         "version": about["model"]["weights_sha256"][:16],
         "hashes": sha256(about["model"]["weights_sha256"]),
-        "licenses": [{"license": {"name": f"of the weights: {WEIGHTS_LICENCE}"}}],
+        "licenses": [
+            {"license": {"name": f"of the weights: {WEIGHTS_LICENCE}. {said(about['lineage'].get('teacher_origin'))}"}}
+        ],
         "modelCard": {
             "modelParameters": {
                 "approach": {"type": "self-supervised"},
@@ -144,8 +147,12 @@ def metric(row: Row) -> Json:
 def teacher(made_from: Json) -> list[Json]:
     if not (weights := made_from.get("teacher_sha256")):
         return []
+    origin = made_from.get("teacher_origin") or {}
+    licence = origin.get("licence")
     name = {"type": "machine-learning-model", "bom-ref": TEACHER, "name": "teacher", "version": weights[:16]}
-    return [{**name, "hashes": sha256(weights), "scope": "excluded"}]
+    known = properties(origin=origin.get("name") or origin.get("kind") or NOT_STATED, licence=licence or NOT_STATED)
+    licences = {"licenses": [{"license": {"name": licence}}]} if licence else {}
+    return [{**name, "hashes": sha256(weights), "scope": "excluded", **licences, "properties": known}]
 
 
 def training_data(made_from: Json) -> list[Json]:

@@ -318,9 +318,13 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
         from distill.evaluate.kept_heads import kept_heads
         from export.bundle import build_bundle
         from export.fingerprint import code
+        from export.origin import teacher_origin
 
         rows = read_rows(run / "rows.jsonl")
+        load, fitted = r.teacher.load, r.teacher.fit_heads is not None
+        origin = model_info(run / ("loaded" if load is not None and fitted else "teacher"))["lineage"]
         lineage = {
+            "teacher_origin": teacher_origin(origin, load and load.licence),
             "teacher_sha256": sha256_file(run / "teacher" / "backbone.safetensors"),
             "train": {"name": data.train.name, "fingerprint": data.train.fingerprint()},
             "recipe": (run / "recipe.yaml").read_text(encoding="utf-8"),

@@ -95,7 +95,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
         Stage(
             name="bundle",
             folder=Path("bundles"),
-            config={"bundle": r.bundle.model_dump(exclude={"sign_key"})},
+            config={"bundle": r.bundle.model_dump(exclude={"sign_key"}), "licence": r.teacher.load and r.teacher.load.licence},
             inputs=(teacher, *_shipped(r), "evaluate", "report", *(s.name for s in exports)),
             data=data.fingerprints("test", "train") | _signer(r),
             work=shipping.bundles(r, data, run),
@@ -127,11 +127,8 @@ def _teacher(r: Recipe, data: Data, run: Path, settings: dict, train: dict) -> l
             )
         first = last if t.fit_heads is None else Path("loaded")
         sizes = {"size": r.distill.teacher_size or r.input.size, "input": r.input.model_dump()}
-        stages = [
-            Stage(
-                name="load", folder=first, config=sizes | {"load": t.load.model_dump()}, data=_files(t.load), work=work.load(r)
-            )
-        ]
+        config = sizes | {"load": t.load.model_dump(exclude={"licence"})}  # a word about the weights, which moves none
+        stages = [Stage(name="load", folder=first, config=config, data=_files(t.load), work=work.load(r))]
     else:
         first = last if t.high_res is None else Path("pretrained")
         doing = work.pretrain(r, data)
