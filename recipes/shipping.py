@@ -324,7 +324,7 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
         load, fitted = r.teacher.load, r.teacher.fit_heads is not None
         origin = model_info(run / ("loaded" if load is not None and fitted else "teacher"))["lineage"]
         lineage = {
-            "teacher_origin": teacher_origin(origin, load and load.licence),
+            "teacher_origin": teacher_origin(origin, None if load is None else load.licence),
             "teacher_sha256": sha256_file(run / "teacher" / "backbone.safetensors"),
             "train": {"name": data.train.name, "fingerprint": data.train.fingerprint()},
             "recipe": (run / "recipe.yaml").read_text(encoding="utf-8"),

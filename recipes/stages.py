@@ -95,7 +95,10 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
         Stage(
             name="bundle",
             folder=Path("bundles"),
-            config={"bundle": r.bundle.model_dump(exclude={"sign_key"}), "licence": r.teacher.load and r.teacher.load.licence},
+            config={
+                "bundle": r.bundle.model_dump(exclude={"sign_key"}),
+                "licence": None if r.teacher.load is None else r.teacher.load.licence,
+            },
             inputs=(teacher, *_shipped(r), "evaluate", "report", *(s.name for s in exports)),
             data=data.fingerprints("test", "train") | _signer(r),
             work=shipping.bundles(r, data, run),

@@ -69,8 +69,14 @@ def test_the_schema_of_cyclonedx_accepts_it():
     schema = pytest.importorskip("cyclonedx.schema")
     validation = pytest.importorskip("cyclonedx.validation.json")
     validator = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
-    for changes in ({}, {"lineage": {}}):
+    origin = {"teacher_origin": teacher_origin(LOADED)}
+    for changes in ({}, {"lineage": {}}, {"lineage": {**ABOUT["lineage"], **origin}}):
         assert validator.validate_str(json.dumps(bill(**changes))) is None
+    head = {"name": "rooms", "kind": "segmentation", "path": "heads/rooms.onnx", "resolution": 32, "trained_on": "torch-fp32"}
+    ports = {"inputs": [{"name": "patches", "dtype": "float32", "shape": ["batch", "patches", 8]}], "outputs": []}
+    with_head = sbom("small", "0.1.0", [artifact()], rows(), ABOUT, {}, [{**head, **ports, "sha256": "5" * 64}])
+    assert validator.validate_str(json.dumps(with_head)) is None
+    assert "heads/rooms.onnx" in {c["bom-ref"] for c in with_head["components"]}
     assert validator.validate_str(json.dumps(bill() | {"components": [{"type": "model", "name": "x"}]})) is not None
 
 
