@@ -102,7 +102,8 @@ def test_what_goes_in(run, good, tmp_path):
     bill = {c["bom-ref"]: c for c in json.loads((tmp_path / "b/sbom.cdx.json").read_text())["components"]}
     listed = {f.path: f.sha256 for f in result.manifest.files}
     assert all(bill[h.path]["hashes"][0]["content"] == listed[h.path] for h in heads.values())
-    assert "head `rooms`: segmentation at 32 px, 3 classes" in (tmp_path / "b/MODEL_CARD.md").read_text()
+    line = "head `rooms`: segmentation at 32 px, 3 classes, trained by this run's evaluation on the features of `torch-fp32`\n"
+    assert line in (tmp_path / "b/MODEL_CARD.md").read_text()
     assert "| `far` | depth | 32 px | onnx-fp32, onnx-int8 | – | torch-fp32 |" in (tmp_path / "b/README.md").read_text()
     assert built(run).read_bytes() == good.read_bytes()
     assert [h.name for h in verify(built(run, heads=["rooms"])).manifest.heads] == ["rooms"]
@@ -179,8 +180,9 @@ def test_selftest_says_how_the_answers_agree(good, tmp_path, bare, runtime):
     exact = results["onnx-fp32"]["files"][0]
     assert (exact["heads"]["main"]["top1_agreement"], exact["heads"]["rooms"]["top1_agreement"]) == (1, 1)
     assert exact["heads"]["far"]["max_difference_m"] < 1e-3
-    assert "main top-1 100.0%, top-5 100.0% of 4 images as expected" in results["onnx-fp32"]["text"]
-    assert "nearest patch as expected" in results["onnx-fp32"]["text"]  # at 48 px, where no head reads
+    said = results["onnx-fp32"]["text"].split("; 48 px: ")
+    assert "main top-1 100.0% top-5 100.0%, rooms top-1 100.0%" in said[0]
+    assert "nearest patches " in said[1]  # at 48 px, where no head reads
 
 
 def test_a_changed_head_under_right_hashes(good, tmp_path):
