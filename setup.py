@@ -40,7 +40,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["distill*", "export*", "recipes*"]),
-    package_data={"recipes": ["*.yaml"], "export": ["templates/*", "templates/bundle/*", "templates/bundle/samples/cpp/*"]},
+    package_data={
+        "recipes": ["*.yaml"],
+        "export": ["templates/*", "templates/bundle/*", "templates/bundle/samples/cpp/*", "templates/layouts/*"],
+    },
     install_requires=[
         "torch>=2.11,!=2.13.0",  # the CPU wheel of 2.13.0 breaks torchvision, and with it timm
         "accelerate>=1.2",

@@ -24,6 +24,7 @@ from export.budgeted import search_kept
 from export.calibrate import calibrate
 from export.calibration import Calibration
 from export.engine import build_engine, load_runtime
+from export.engine_config import EngineConfig
 from export.graph import INPUT, OPSET, OUTPUTS, export_onnx, load_graph, serialize, type_counts
 from export.half import fit_half
 from export.lint import lint
@@ -183,9 +184,7 @@ def engines(job: Job) -> Artifact:
     assert runtime in ("tensorrt", "tensorrt_rtx")
     load_runtime(runtime)  # type: ignore[arg-type]
     source, precision = job.source(job.spec.needs[0]), job.spec.precision
-    settings = job.config.engine
-    if not settings.sparse_weights and _is_sparse(job.model_folder):
-        settings = settings.model_copy(update={"sparse_weights": True})
+    settings = with_sparsity(job.config.engine, job.model_folder)
     made, infos = _Made(source.dim, source.patch), {}
     for entry in source.files:
         graph, size = source.path(entry), str(entry.resolution)
@@ -220,6 +219,13 @@ def engines(job: Job) -> Artifact:
     made.capabilities, made.reason = first.capabilities, why_unrunnable(runtime, first.capabilities)
     seconds, versions = sum(info.seconds for info in infos.values()), {runtime: first.version, **_versions("onnx")}
     return _artifact(job, made, job.spec.needs[0], seconds, versions)
+
+
+def with_sparsity(settings: EngineConfig, model_folder: Path) -> EngineConfig:
+    """Engine settings that use sparse kernels where the model's weights have the pattern."""
+    if settings.sparse_weights or not _is_sparse(model_folder):
+        return settings
+    return settings.model_copy(update={"sparse_weights": True})
 
 
 def _is_sparse(folder: Path) -> bool:

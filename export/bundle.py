@@ -6,6 +6,7 @@ preprocess.{py,json}  a copy of distill/data/preprocess.py, and its settings per
 heads/TASK.onnx       heads that the run's evaluations trained, if wanted (head_graph.py)
 golden/               raw images (.png), their tensors (.npy), expected outputs per artifact (.npz)
 infer.py selftest.py  a runtime sample and the self-test, with head.py and agreement.py; numpy, Pillow and a runtime are all they need
+build_engine.py       compiles the ONNX files into engines on a device, with engine_*.py; REBUILD.md has trtexec's commands
 samples/cpp/          the same sample in C++ with OpenVINO
 report/               the run's report
 lineage.json          what the model was made from; MODEL_CARD.md and sbom.cdx.json tell it to people and to other tools
@@ -46,9 +47,10 @@ from export.keys import PrivateKey, PublicKey
 from export.model_card import model_card
 from export.nodes import load_graph, serialize
 from export.preprocess_graph import PIXELS, SUFFIX, with_preprocess
+from export.rebuild import kit, rebuild
 from export.sbom import sbom
 from export.signing import LINEAGE, first_envelope
-from export.targets import SPECS
+from export.targets import SPECS, ExportConfig
 from export.verify import ANYONE, FORMAT, MANIFEST, Trust, verify
 
 TEMPLATES = Path(__file__).parent / "templates" / "bundle"
@@ -77,6 +79,7 @@ def build_bundle(
     progress: Progress,
     rows: Sequence[Row] = (),
     kept: Sequence[KeptHead] = (),
+    export: ExportConfig | None = None,
 ) -> Path:
     """Write `out`, a .tar.gz that `verify` accepts; the same inputs give the same bytes. It is whole or not there.
 
@@ -88,6 +91,7 @@ def build_bundle(
         lineage: what the model was made from (JSON), e.g. teacher, data, licences.
         rows: what was measured of this student, for its model card.
         kept: heads that an evaluation trained on this student, for `config.heads` to choose from.
+        export: the recipe's export settings, by which a device compiles engines; the defaults when None.
 
     Raises:
         UserError: a chosen artifact or head does not exist or was changed, there are too few images, or the key cannot be read.
@@ -104,6 +108,11 @@ def build_bundle(
     vectors = add_golden(files, config, chosen, artifacts, settings, images, model_folder, progress)
     dims = {a.target: a.dim for a in chosen}
     heads = add_heads(files, with_heads, vectors.features, dims, config.tolerance("fp32", same=True))
+    given = {n: data for n, data in files.items() if isinstance(data, bytes)}
+    section = rebuild(
+        chosen, vectors.expected, given, lambda p: config.tolerance(p, same=False), export or ExportConfig(), model_folder
+    )
+    files |= kit(section, TEMPLATES) if section else {}
     files["preprocess.py"] = Path(preprocess.__file__)
     files["preprocess.json"] = as_json({"resolutions": {str(r): p.to_json() for r, p in settings.items()}})
     files |= {name: TEMPLATES / name for name in COPIED}
@@ -112,10 +121,9 @@ def build_bundle(
     files[LINEAGE] = as_json(about)
     files["MODEL_CARD.md"] = model_card(student, chosen, rows, about, heads)
     files["sbom.cdx.json"] = as_json(sbom(student, decant_version(), chosen, rows, about, built_with(), bundled(heads, files)))
-    files["README.md"] = readme(
-        student, chosen, heads, report="report/index.html" in files, in_graph=config.preprocess_in_graph
-    )
-    text = as_json(manifest(config, student, chosen, vectors, heads, files))
+    told = {"report": "report/index.html" in files, "in_graph": config.preprocess_in_graph, "rebuild": section is not None}
+    files["README.md"] = readme(student, chosen, heads, **told)
+    text = as_json(manifest(config, student, chosen, vectors, heads, files) | ({"rebuild": section} if section else {}))
     signature = {} if key is None else {SIGNATURE: signed(text, about, key)}
     write(out, {MANIFEST: text, **signature}, files, progress, None if key is None else key.public)
     return out
@@ -295,7 +303,7 @@ def report_files(folder: Path | None) -> dict[str, Content]:
     return {f"report/{p.relative_to(folder).as_posix()}": p for p in found}
 
 
-def readme(student: str, artifacts: list[Artifact], heads: list[Json], report: bool, in_graph: bool) -> bytes:
+def readme(student: str, artifacts: list[Artifact], heads: list[Json], report: bool, in_graph: bool, rebuild: bool) -> bytes:
     """README.md of the bundle."""
     rows = []
     for a in artifacts:
@@ -319,6 +327,7 @@ def readme(student: str, artifacts: list[Artifact], heads: list[Json], report: b
         patch=artifacts[0].patch,
         report=report,
         in_graph=in_graph,
+        rebuild=rebuild,
         artifacts=rows,
         heads=heads,
         engines=any(a.runtime in ("tensorrt", "tensorrt_rtx") for a in artifacts),

@@ -1,26 +1,20 @@
 """Pieces of `manifest.json` that its schema (`verify.Manifest`) is put together from: strict, and cheap to refuse."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import Field
 
 from export.archive import MAX_FILE, shown
+from export.strict_model import Several, Sha256, Size, Strict
 
-T = TypeVar("T")
-Several = Annotated[list[T], FailFast()]  # a million wrong elements are one error, not a million
-Size = Annotated[int, Field(ge=1, le=1 << 31)]
 HEAD_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"  # it becomes a file's name; as recipes name their tasks
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ListedFile(Strict):
     path: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     bytes: Annotated[int, Field(ge=0, le=MAX_FILE)]
 
 
@@ -87,7 +81,7 @@ class BundledHead(Strict):
     expected: Expected
 
 
-def head_problems(heads: Iterable[BundledHead], outputs: Mapping[tuple[str, int], set[str]]) -> list[str]:
+def head_problems(heads: Sequence[BundledHead], outputs: Mapping[tuple[str, int], Sequence[str]]) -> list[str]:
     """What contradicts itself among the heads, one clause each.
 
     Args:
@@ -100,7 +94,7 @@ def head_problems(heads: Iterable[BundledHead], outputs: Mapping[tuple[str, int]
             found.append(f"{name} lies in {shown(head.path)} and not in heads/{shown(head.name)}.onnx")
         needed = {port.name for port in head.inputs}
         for target in head.artifacts:
-            if not needed <= outputs.get((target, head.resolution), set()):
+            if not needed <= set(outputs.get((target, head.resolution), ())):
                 found.append(f"{name} reads what {shown(target)} does not give at {head.resolution} px")
         if head.expected.source not in head.artifacts:
             found.append(f"{name} was proved on {shown(head.expected.source)}, which is none of its artifacts")

@@ -50,13 +50,13 @@ def set_constants(model: ModelProto, tensors: list[TensorProto]) -> None:
 
 
 def linear_nodes(model: ModelProto, ops: tuple[str, ...] = LINEAR_OPS) -> Iterator[NodeProto]:
-    """MatMul and Gemm nodes whose second input is a constant, dequantized or not: the Linear layers, in order of execution.
+    """MatMul and Gemm nodes whose second input is a constant, dequantized, cast or neither: the Linear layers, in order of execution.
 
     With "Conv" in `ops` the patch embedding too.
     """
     known = set(constants(model)) | {n.output[0] for n in model.graph.node if n.op_type == "Constant"}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in known:
+        if node.op_type in ("DequantizeLinear", "Cast") and node.input[0] in known:
             known.add(node.output[0])
         elif node.op_type in ops and node.input[1] in known:
             yield node

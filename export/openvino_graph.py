@@ -6,6 +6,7 @@ machine, ViT-S/14 at 224 px: tests/benchmarks/README.md):
     LayerScale      x * gamma after a layer: gamma goes into the weight's scales and the bias, exactly (a negative one flips the integers)
     query scale     1/sqrt(d) on Q: into the scales and bias of Q's part of qkv
     qkv             one product followed by reshape, transpose and slices: three products, whose heads the fused attention reads in place
+    K               turned for Q K^T together with its heads it is copied first; turned by itself, right in front of the product, it is not
     convolution     a patch embedding with signed INT8 inputs makes the plugin (2026.4) run all linear layers in bf16: it stays in floats
 """
 
@@ -165,14 +166,35 @@ class _Graph:
                 helper.make_node("Add", [f"{part}_product", added], [f"{part}_biased"], name=f"{part}_bias"),
                 helper.make_node("Reshape", [f"{part}_biased", shaped], [f"{part}_heads"], name=f"{part}_heads"),
             ]
-            last = self.only_reader(end.output[0]) if index == 1 else None
-            turned = last is not None and last.op_type == "Transpose" and list(last.attribute[0].ints) == [0, 1, 3, 2]
-            end, perm = (last, [0, 2, 3, 1]) if turned and last is not None else (end, [0, 2, 1, 3])
-            new.append(helper.make_node("Transpose", [f"{part}_heads"], [f"{part}_ready"], name=f"{part}_ready", perm=perm))
+            new.append(
+                helper.make_node("Transpose", [f"{part}_heads"], [f"{part}_ready"], name=f"{part}_ready", perm=[0, 2, 1, 3])
+            )
+            if index == 1:
+                end = self.turn_late(end, f"{part}_turned")
             self.replace(end.output[0], f"{part}_ready")
             self.dropped |= {id(slicing), id(squeeze), id(old_end), id(end)}
         self.before[id(linear.product)] = new
         self.dropped |= {id(linear.weight), id(linear.product), id(linear.bias), id(reshape), id(permute)}
+
+    def turn_late(self, end: NodeProto, name: str) -> NodeProto:
+        """Turn K [B, H, T, d] right in front of Q K^T, behind its quantization if it has one -> the node that K is now ready behind."""
+        turn = self.only_reader(end.output[0])
+        if turn is None or turn.op_type != "Transpose" or list(turn.attribute[0].ints) != [0, 1, 3, 2]:
+            return end
+        turned, reader = turn.output[0], self.only_reader(turn.output[0])
+        while reader is not None and reader.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            if any(
+                i not in self.values or self.values[i].size != 1 for i in reader.input[1:]
+            ):  # a scale a channel would turn too
+                return end
+            turned = reader.output[0]
+            reader = self.only_reader(turned)
+        if reader is None or turned == turn.output[0]:
+            return end
+        self.before[id(reader)] = [helper.make_node("Transpose", [turned], [name], name=name, perm=[0, 1, 3, 2])]
+        reader.input[:] = [name if i == turned else i for i in reader.input]
+        self.dropped.add(id(end))
+        return turn
 
     def part(self, slicing: NodeProto) -> tuple[int, NodeProto, NodeProto] | None:
         """(0, 1 or 2, Slice, Squeeze) of what takes q, k or v out of the stack; a Gather stands for both."""

@@ -6,7 +6,8 @@ them into a graph. This module is the way in:
     calibration = calibrate(path, images, config, "int8")
     graph, plan = quantize(load_graph(path), calibration, config, "int8")
 
-Everything but the planned layers stays in the graph's floating point: residual adds, LayerNorm, GELU, softmax, positions, biases.
+Everything but the planned layers stays in the graph's floating point: residual adds, LayerNorm, GELU, softmax, positions, biases. What is
+large of it is stored in FP16 and computed in FP32 (`stored_half.py`).
 TensorRT's parser refuses int32 biases and any zero point but 0 by name, so neither is made.
 """
 
@@ -22,6 +23,7 @@ from export.plan import PlanEntry, lift_constants, plan_graph
 from export.qdq import insert
 from export.quantize_config import QuantizeConfig
 from export.sessions import quiet_options
+from export.stored_half import store_half
 
 __all__ = [
     "Calibration",
@@ -66,6 +68,7 @@ def quantize(
     if calibration.chosen_codes and (bare := [e.layer for e in chosen if _lacks_codes(e, calibration)]):
         raise UserError(f"The calibration's codes of {bare[0]} are in its quantized graph; read them with `with_codes`.")
     done = insert(out, calibration, config, plan)
+    store_half(out)
     onnx.checker.check_model(out, full_check=True)
     return out, done
 

@@ -156,11 +156,14 @@ class OpenVinoEncoder:
 
     `artifact.details["openvino"]["inference_precision"]` is what floating-point operations compute in: "f32", "bf16", or None for the
     plugin's own choice (bf16 where the CPU has it); without the entry the artifact's precision says. What the plugin then uses is
-    in the conditions. Compiled for a batch of 1, for the first other sizes that come, each by itself, then once for any.
+    in the conditions. Compiled for a batch of 1, for the first other sizes that come, each by itself, then once for any; with
+    `batch_open` once for any at once, as a file with an open batch is compiled by who gives it no thought.
     """
 
-    def __init__(self, artifact: Artifact, entry: ArtifactFile, threads: int | None = None):
+    def __init__(self, artifact: Artifact, entry: ArtifactFile, threads: int | None = None, batch_open: bool = False):
         assert threads is None or threads >= 1
+        self.shapes = 0 if batch_open else OPENVINO_SHAPES
+        first = None if batch_open else 1
         try:
             ov = load_openvino()
         except EnvironmentFailed as e:
@@ -173,10 +176,10 @@ class OpenVinoEncoder:
         data = (artifact.content(entry), *_weights_beside(artifact, entry))
         try:
             self.model = self.core.read_model(*data)
-            self.requests[1] = self._compile(1)
+            self.requests[first] = self._compile(first)
         except Exception as e:  # a RuntimeError of its own; the bytes are the exported ones, so it is the runtime
             raise Unrunnable(f"{self.name} cannot load {entry.path}: {one_line(e)}") from e
-        used = str(self.requests[1].get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string())
+        used = str(self.requests[first].get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string())
         if artifact.precision == "bf16" and used != "bf16":
             raise Unrunnable(f"{self.name} computes in {used} on this CPU, which lacks BF16; {entry.path} is called bf16")
         self.conditions = {
@@ -192,7 +195,7 @@ class OpenVinoEncoder:
         return Features(cls, patches)
 
     def _request(self, batch: int) -> Any:
-        key = batch if batch in self.requests or len(self.requests) < OPENVINO_SHAPES else None
+        key = batch if batch in self.requests or len(self.requests) < self.shapes else None
         if key not in self.requests:
             self.requests[key] = self._compile(key)
         return self.requests[key]

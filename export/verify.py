@@ -20,10 +20,12 @@ from pydantic import Field, ValidationError
 
 from distill.errors import EnvironmentFailed, GateFailed, UserError
 from export.archive import LIMITS, ArchiveReader, Limits, Refused, bad_name, shown
-from export.bundle_schema import BundledHead, Expected, ListedFile, Port, Several, Size, Strict, head_problems
+from export.bundle_schema import BundledHead, Expected, ListedFile, Port, head_problems
 from export.dsse import SIGNATURE, read_envelope
 from export.keys import PublicKey
+from export.rebuild_schema import Rebuild
 from export.strict_json import parse_json
+from export.strict_model import Several, Size, Strict
 
 FORMAT = "decant-bundle-1"
 MANIFEST = "manifest.json"
@@ -114,6 +116,7 @@ class Manifest(Strict):
     golden: Golden
     heads: Several[BundledHead] = Field(default_factory=list)
     files: Several[ListedFile]
+    rebuild: Rebuild | None = None
 
     def problems(self, limits: Limits) -> list[str]:
         """What contradicts itself or leaves the limits, one clause each."""
@@ -151,7 +154,9 @@ class Manifest(Strict):
                     found.append(f"{shown(file.path)} has no tolerance for one of its outputs")
                 if (other := file.expected.stand_in) and set(other.max_abs) != set(file.expected.max_abs):
                     found.append(f"{shown(file.path)} has no tolerance in another runtime for one of its outputs")
-        outputs = {(a.target, f.resolution): {p.name for p in f.outputs} for a in self.artifacts for f in a.files}
+        outputs = {(a.target, f.resolution): [p.name for p in f.outputs] for a in self.artifacts for f in a.files}
+        if self.rebuild:
+            found += self.rebuild.problems({f.path: f.sha256 for f in self.files}, outputs)
         return found + head_problems(self.heads, outputs)
 
     def references(self) -> list[str]:

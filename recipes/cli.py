@@ -261,12 +261,12 @@ def verify(bundle: Bundle, key: Keys = [], require_signature: RequireSignature =
 @app.command()
 def layout(
     bundle: Bundle,
-    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="triton, oci or docker.")],
+    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="triton, oci, docker, jetson or windows-rtx.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder for it.")],
     key: Keys = [],  # noqa: B006
     require_signature: RequireSignature = False,
 ) -> None:
-    """Lay a bundle out for others: a Triton model repository, an OCI artifact for registries, a Docker build context.
+    """Lay a bundle out for others: a Triton repository, an OCI artifact, a Docker context, a folder that installs on a Jetson or RTX PC.
 
     Verifies it first and runs nothing of it. The same bundle gives the same bytes.
     """

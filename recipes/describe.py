@@ -44,7 +44,7 @@ def describe(recipe: Recipe, run: Path, processes: int = 1) -> RenderableType:
     """
     teacher = teacher_shape(recipe, run)
     found = trainings(recipe, teacher)
-    costs = (_trainings(found, recipe), Text(ASSUMED, style="dim"), Text(), _memory(found, recipe, processes))
+    costs = (_trainings(found, recipe), Text(ASSUMED, style="dim"), Text(), *_memory(found, recipe, processes))
     return Group(_models(recipe, teacher), Text(), *costs, Text(), *_tasks(recipe), *_stages(recipe, run))
 
 
@@ -222,29 +222,36 @@ def head_flops(training: TrainConfig, s: Shape, cls_rows: float, patch_rows: flo
     return total
 
 
-def _memory(found: list[Training], r: Recipe, processes: int) -> Table:
-    """Bytes on each device by what they are for."""
+def _memory(found: list[Training], r: Recipe, processes: int) -> Iterator[RenderableType]:
+    """Bytes on each device by what they are for: tables as wide as a terminal."""
     of = "one device" if processes == 1 else f"each of {processes} devices"
-    table = Table(title=f"Memory on {of}, about (GiB)", title_justify="left")
-    table.add_column("what")
     ways = [("", r.runtime)]
     if processes > 1:
         ways = [(way, r.runtime.model_copy(update={"shard": way == "sharded"})) for way in ("copied", "sharded")]
-    columns: list[Memory | None] = []
-    for t in found:
-        for way, runtime in ways if not t.unknown else [("", r.runtime)]:
-            table.add_column(f"{t.stage}\n{way}".strip(), justify="right")
-            columns.append(None if t.unknown else estimate(t.config, t.teacher, t.students, processes, runtime))
-    for name, part in PARTS.items():
-        cells = ["open" if m is None else _gib(part(m)) for m in columns]
-        table.add_row(name, *cells, end_section=name == "images")
-    return table
+    columns = [
+        (f"{t.stage}\n{way}".strip(), estimate(t.config, t.teacher, t.students, processes, runtime))
+        for t in found
+        if not t.unknown
+        for way, runtime in ways
+    ]
+    for start in range(0, len(columns), MEMORY_COLUMNS):
+        some = columns[start : start + MEMORY_COLUMNS]
+        table = Table(title=None if start else f"Memory on {of}, about (GiB)", title_justify="left")
+        table.add_column("what")
+        for name, _ in some:
+            table.add_column(name, justify="right")
+        for name, part in PARTS.items():
+            table.add_row(name, *(_gib(part(m)) for _, m in some), end_section=name == "images")
+        yield table
+    if unknown := [t.stage for t in found if t.unknown]:
+        yield Text(f"Memory on {of} is open until what they start from is made or loaded: {', '.join(unknown)}")
 
 
 def _gib(size: float) -> str:
     return rounded(size / 2**30, 2) if size >= 2**20 else "0"
 
 
+MEMORY_COLUMNS = 4  # beside their names, on 80 characters
 PARTS: dict[str, Callable[[Memory], float]] = {
     "weights": lambda m: m.weights,
     "averages": lambda m: m.averages,

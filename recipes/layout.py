@@ -1,4 +1,4 @@
-"""`decant layout`: a bundle as Triton, an OCI registry or Docker want it."""
+"""`decant layout`: a bundle as Triton, an OCI registry, Docker or a device want it."""
 
 from collections.abc import Sequence
 from pathlib import Path

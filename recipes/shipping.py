@@ -344,7 +344,8 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
                 folder / f"{student}.tar.gz",
                 progress,
                 [row for row in rows if row.subject == subject],
-                kept_heads(run / "evaluate", subject),
+                kept=kept_heads(run / "evaluate", subject),
+                export=r.export,
             )
 
     return work

@@ -98,6 +98,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             config={
                 "bundle": r.bundle.model_dump(exclude={"sign_key"}),
                 "licence": None if r.teacher.load is None else r.teacher.load.licence,
+                "export": r.export.model_dump(include={"opt_batch", "engine"}),
             },
             inputs=(teacher, *_shipped(r), "evaluate", "report", *(s.name for s in exports)),
             data=data.fingerprints("test", "train") | _signer(r),

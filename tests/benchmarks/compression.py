@@ -1,7 +1,7 @@
 """One trained network as every artifact: size, cosine to FP32, latency in one interleaved run, accuracies with paired differences.
 
     python tests/benchmarks/compression.py --model MODEL --calibrate images.parquet --train train.parquet --test val.parquet --out OUT \\
-        [--targets onnx-fp32 onnx-int8 openvino-int8 ...] [--gallery 1500] [--questions 1000] [--threads 1] [--seconds 6]
+        [--targets onnx-fp32 onnx-int8 openvino-int8 ...] [--gallery 1500] [--questions 1000] [--threads 1] [--seconds 6] [--attention qk]
 
 MODEL is a model folder (`tests/benchmarks/trained.py` writes one of a public ViT-S/14). Calibration images are of another set than the
 labelled ones. Artifacts that lie in OUT are not built again. Prints Markdown; rows go to OUT/rows.jsonl.
@@ -10,6 +10,7 @@ labelled ones. Artifacts that lie in OUT are not built again. Prints Markdown; r
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -23,11 +24,12 @@ from distill.progress import Progress
 from distill.rows import Row, write_rows
 from export.artifact import NAME, Artifact, Unrunnable, read_artifact
 from export.benchmark import BenchmarkConfig, Case, benchmark
+from export.budget_config import BudgetConfig
 from export.builders import build_target
 from export.fingerprint import fingerprint
 from export.parity import artifact_parity
 from export.quantize import QuantizeConfig
-from export.runtimes import open_artifact
+from export.runtimes import OpenVinoEncoder, open_artifact
 from export.targets import ExportConfig, Images, at_resolution, in_order, prerequisites
 
 TARGETS = [
@@ -35,6 +37,10 @@ TARGETS = [
     "openvino-fp32", "openvino-bf16", "openvino-int8", "openvino-int8-nncf", "rtx-fp16", "rtx-int8",
 ]  # fmt: skip
 SUBJECT = "students/model"
+NNCF = "openvino-int8-nncf"
+AT_DEFAULTS = f"{NNCF}, batch open"
+"""NNCF's file compiled as it comes out of NNCF; under its own name it is compiled for its batch, as ours are."""
+ATTENTION: dict[str, bool | Literal["qk"]] = {"false": False, "true": True, "qk": "qk"}
 
 
 def main() -> None:
@@ -49,6 +55,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--parity", type=int, default=64, help="images that cosines are taken on; they calibrate nothing")
+    parser.add_argument("--attention", default="false", choices=ATTENTION, help="as quantize.attention")
+    parser.add_argument("--cosine-min", type=float, help="a budget for the quantized targets: the least cosine of any vector")
     parser.add_argument("--no-accuracy", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -59,6 +67,9 @@ def main() -> None:
         rows += accuracy(args, artifacts, progress)
     write_rows(args.out / "rows.jsonl", rows)
     print(table(rows, artifacts, args))
+    for artifact in artifacts:
+        if found := artifact.details.get("budget"):
+            print(f"\n{artifact.target}\n{kept_table(found)}")
 
 
 def build(args: argparse.Namespace, progress: Progress) -> list[Artifact]:
@@ -75,8 +86,11 @@ def build(args: argparse.Namespace, progress: Progress) -> list[Artifact]:
     calibrating = [i for i in order if i not in set(judging)]
     images = Images(lambda n, size: some(calibrating[:n], size), lambda n, size, avoid: some(judging[:n], size))
     args.judging = some(judging, preprocess.size)
+    budget = None if args.cosine_min is None else BudgetConfig(cosine_min=args.cosine_min, images=args.parity)
     config = ExportConfig(
-        targets=args.targets, quantize=QuantizeConfig(images=args.images), compute_capabilities=["8.6", "8.9"]
+        targets=args.targets,
+        quantize=QuantizeConfig(images=args.images, attention=ATTENTION[args.attention], budget=budget),
+        compute_capabilities=["8.6", "8.9"],
     )
     found = []
     for target in in_order(list(config.targets)):
@@ -100,6 +114,10 @@ def latency(args: argparse.Namespace, artifacts: list[Artifact], progress: Progr
         )
         for a in artifacts
     ]
+    for a in artifacts:
+        if a.target == NNCF:
+            opened = partial(OpenVinoEncoder, a, a.file(), batch_open=True)
+            cases.append(Case(SUBJECT, AT_DEFAULTS, a.file().resolution, opened, a.file().bytes, a.max_batch))
     config = BenchmarkConfig(batches=args.batches, seconds=args.seconds, rounds=30, threads=args.threads)
     return benchmark(config, cases, progress)
 
@@ -139,8 +157,8 @@ def table(rows: list[Row], artifacts: list[Artifact], args: argparse.Namespace) 
         + " | kNN % | kNN - FP32 | linear % | linear - FP32 |",
         "|" + "---|" * (10 + len(args.batches)),
     ]
-    for a in artifacts:
-        cells = [a.target, f"{sum(e.bytes for e in [a.file(), *weights(a)]) / 1e6:.1f}"]
+    for a, name in [(a, a.target) for a in artifacts] + [(a, AT_DEFAULTS) for a in artifacts if a.target == NNCF]:
+        cells = [name, f"{sum(e.bytes for e in [a.file(), *weights(a)]) / 1e6:.1f}"]
         batch = min(16, a.max_batch)
         for output, metric in (
             ("cls", "cosine_min"),
@@ -149,12 +167,22 @@ def table(rows: list[Row], artifacts: list[Artifact], args: argparse.Namespace) 
             ("patches", "cosine_min"),
         ):
             cells.append(value(found.get((a.target, metric, output, batch)), 5))
-        cells += [value(found.get((a.target, "latency_p50_ms", None, b)), 1, True) for b in args.batches]
+        cells += [value(found.get((name, "latency_p50_ms", None, b)), 1, True) for b in args.batches]
         for metric in ("knn_top1", "linear_top1"):
             cells.append(value(by_metric.get((a.target, metric)), 1))
             cells.append(value(by_metric.get((a.target, f"{metric}_difference")), 2, True))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def kept_table(found: dict[str, Any]) -> str:
+    """What a budget's search kept in floating point, what each layer costs alone, and a plan that knows nothing of the network."""
+    alone = {s["layer"]: 1 - s["cosine_min"] for s in found["sensitivity"]}
+    lines = [f"asked {found['asked']}; met: {found['met']}; kept {len(found['kept'])} of {found['layers']}", ""]
+    lines += [f"- {layer}: 1 - least cosine, quantized alone: {alone[layer]:.5f}" for layer in found["kept"]]
+    told = {"our plan, nothing kept": next(c for c in found["curve"] if not c["kept"]), "with those kept": found["reached"]}
+    told["every operation quantized"] = found["naive"]
+    return "\n".join([*lines, *(f"- {name}: least cosine {m['cosine_min']:.4f}" for name, m in told.items() if m)])
 
 
 def weights(artifact: Artifact) -> list:

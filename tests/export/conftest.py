@@ -1,6 +1,7 @@
 """What several tests use and one session makes once: exported graphs, and environments without packages."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,3 +61,36 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.C
         return subprocess.run(command, capture_output=True, text=True, cwd=script.parent, timeout=120)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def kit_run(tmp_path_factory):
+    """(folder, artifacts) of a tiny student's ONNX files that TensorRT takes."""
+    from tiny_bundle import tiny_artifacts
+
+    folder = tmp_path_factory.mktemp("run")
+    return folder, tiny_artifacts(folder, ["onnx-fp32", "onnx-int8", "onnx-fp8"])
+
+
+@pytest.fixture(scope="session")
+def kit_archive(kit_run) -> Path:
+    """Their bundle."""
+    from tiny_bundle import tiny_bundle
+
+    return tiny_bundle(*kit_run)
+
+
+@pytest.fixture(scope="session")
+def kit_unpacked(kit_archive, tmp_path_factory) -> Path:
+    """Their bundle's folder, to look at."""
+    from export.verify import unpack
+
+    folder = tmp_path_factory.mktemp("unpacked") / "bundle"
+    unpack(kit_archive, folder)
+    return folder
+
+
+@pytest.fixture
+def kit_bundle(kit_unpacked, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(kit_unpacked, tmp_path / "bundle"))

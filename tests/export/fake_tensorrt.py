@@ -1,4 +1,4 @@
-"""TensorRT's Python API as far as the adapter may touch it, with exactly the names that 10.3 and 11 have: no GPU, no wheel from the
+"""TensorRT's Python API as far as the adapter may touch it, with exactly the names that 10.3, 10.12 and 11 have: no GPU, no wheel from the
 ordinary index. What is set is written down; a name that a version lacks is an AttributeError, as with the real one.
 """
 
@@ -20,9 +20,11 @@ COMMON = (
 )
 OF_10_3 = ("FP16", "INT8", "BF16", "FP8", "INT4", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS")
 OF_11 = ("REFIT_INDIVIDUAL", "STRICT_NANS", "MONITOR_MEMORY", "EDITABLE_TIMING_CACHE", "DISTRIBUTIVE_INDEPENDENCE")
-FLAGS = {"10.3.0": (*COMMON, *OF_10_3), "11.4.0": (*COMMON, *OF_11)}
-LEVELS = {"10.3.0": ("NONE", "AMPERE_PLUS"), "11.4.0": ("NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY")}
-NETWORK = {"10.3.0": ("EXPLICIT_BATCH", "STRONGLY_TYPED"), "11.4.0": ("STRONGLY_TYPED",)}
+FLAGS = {"10.3.0": (*COMMON, *OF_10_3), "10.12.0": (*COMMON, *OF_10_3, *OF_11), "11.4.0": (*COMMON, *OF_11)}
+NEWER = ("NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY")
+LEVELS = {"10.3.0": ("NONE", "AMPERE_PLUS"), "10.12.0": NEWER, "11.4.0": NEWER}
+WEAK = ("EXPLICIT_BATCH", "STRONGLY_TYPED")
+NETWORK = {"10.3.0": WEAK, "10.12.0": WEAK, "11.4.0": ("STRONGLY_TYPED",)}
 
 
 class Cache:

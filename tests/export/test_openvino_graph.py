@@ -60,6 +60,18 @@ def test_the_same_features_with_fewer_operations(source, attention):
         assert "blocks.0.attn.qkv" not in names
 
 
+@pytest.mark.parametrize("attention", [False, "qk"])
+def test_k_is_turned_by_itself_in_front_of_its_product(source, attention):
+    rewritten = for_openvino(quantized(source, attention=attention))
+    maker = {o: n for n in rewritten.graph.node for o in n.output}
+    for block in range(2):
+        product = next(n for n in rewritten.graph.node if n.name == f"blocks.{block}.attn.qk")
+        turn = maker[product.input[1]]
+        assert (turn.op_type, list(turn.attribute[0].ints)) == ("Transpose", [0, 1, 3, 2])
+        behind = "DequantizeLinear" if attention else "Transpose"
+        assert maker[turn.input[0]].op_type == behind
+
+
 def test_integers_stay_the_same(source):
     model = quantized(source)
     before = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}

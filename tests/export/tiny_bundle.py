@@ -28,7 +28,7 @@ PREPROCESS = Preprocess(32, 36)
 def tiny_artifacts(folder: Path, targets: Sequence[str], preprocess: Preprocess = PREPROCESS) -> list[Artifact]:
     """Save a student in `folder`/student and export it; sources come before what is made from them."""
     save_model(folder / "student", backbone(), preprocess, lineage={"seed": 0})
-    config, sources, artifacts = ExportConfig(resolutions=[32, 48], max_batch=3), {}, []
+    config, sources, artifacts = ExportConfig(resolutions=[32, 48], max_batch=3, opt_batch=2), {}, []
     for target in targets:
         sources[target] = folder / target
         artifacts.append(build_target(target, config, "small", folder / "student", sources, IMAGES, folder / target, QUIET))
@@ -62,6 +62,8 @@ def remade(bundle: Path, out: Path, change: Callable[[Path], object]) -> Path:
     for entry in manifest["files"]:
         path = folder / entry["path"]
         entry |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    for entry in (manifest["rebuild"] or {"files": []})["files"]:
+        entry["sha256"] = sha256_file(folder / entry["path"])
     (folder / MANIFEST).write_text(json.dumps(manifest))
     names = [MANIFEST, *(entry["path"] for entry in manifest["files"])]
     write_archive(out, ((n, (folder / n).stat().st_size, iter([(folder / n).read_bytes()])) for n in names))

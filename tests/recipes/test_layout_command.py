@@ -33,7 +33,7 @@ def test_oci():
 
 
 def test_mistakes(here):
-    assert "There is no layout helm; choose one of triton, oci, docker." in decant(
+    assert "There is no layout helm; choose one of triton, oci, docker, jetson, windows-rtx." in decant(
         "layout", "b.tar.gz", "--to", "helm", "--out", "o", code=2
     )
     assert "is not a file" in decant("layout", "none.tar.gz", "--to", "oci", "--out", "o", code=2)

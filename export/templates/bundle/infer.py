@@ -148,7 +148,8 @@ def unfit(artifact):
     if needs["compute_capabilities"] and not hasattr(runtime, "Logger"):
         return f"{needs['runtime']} is installed without its libraries"  # the bare package imports, and then has nothing
     made, here = needs["built_with"].get(needs["runtime"]), getattr(runtime, "__version__", None)
-    if needs["compute_capabilities"] and made and here and numbers(made) != numbers(here):
+    # zip: trtexec tells three numbers of its version, the packages tell four
+    if needs["compute_capabilities"] and made and here and any(a != b for a, b in zip(numbers(made), numbers(here))):  # noqa: B905
         return f"it was compiled by {needs['runtime']} {made}, this is {here}"
     return None
 
@@ -221,6 +222,8 @@ class EngineFile:
         trt = importlib.import_module(artifact["runtime"])
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
+        if hasattr(self.runtime, "engine_host_code_allowed"):
+            self.runtime.engine_host_code_allowed = True  # a version-compatible engine brings the runtime that it needs
         self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise RuntimeError(f"{artifact['runtime']} {trt.__version__} refused the engine on {self.cuda.name}")

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Does this bundle do here what it did where it was built? Needs numpy, Pillow and the runtimes of its artifacts; no torch.
 
-    python selftest.py [--json] [--target onnx-int8] [--threads 2] [--seconds 0.5]
+    python selftest.py [--json] [--target onnx-int8] [--threads 2] [--seconds 0.5] [--engines DIR]
 
 In this order: what the machine has, the hash of every file (before any of them is imported or opened), the preprocessing of the
 golden images, the heads, then for each artifact the golden images from PNG to features against the expected ones, and a short
 latency. Beside the cosine stands what a user would notice (agreement.py): whether the heads answer as expected, and of how many
 patches the nearest patch is the expected one. These inform; only cosine and max abs are held to a tolerance.
+--engines adds the engines that build_engine.py wrote to DIR.
 Exit code 0: every artifact that can run here passes. 1: something failed. 3: this machine can run none of them.
 A hash proves that the files belong to this manifest, not who wrote the manifest.
 """
@@ -33,6 +34,7 @@ def main():
     parser.add_argument("--target", help="test this artifact only")
     parser.add_argument("--threads", type=int, default=0, help="0: the runtime decides")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for the latency of one file; 0: none")
+    parser.add_argument("--engines", type=Path, metavar="DIR", help="test the engines that build_engine.py wrote there too")
     args = parser.parse_args()
     report = run(args)
     if args.json:
@@ -90,10 +92,26 @@ def run(args):
         results.append(
             guarded(artifact["target"], lambda a=artifact: check_artifact(infer, a, manifest["golden"], args, heads))
         )
+    engines = built_engines(manifest, args)
+    for check, engine in engines:
+        if isinstance(engine, str):
+            results.append(result(check, "FAIL", engine))
+        else:
+            results.append(guarded(check, lambda a=engine: check_artifact(infer, a, manifest["golden"], args, heads)))
     if any(r["status"] == "FAIL" for r in results):
         return finish(1)
-    ran = {r["check"] for r in results if r["status"] == "PASS"} & {a["target"] for a in artifacts}
+    tested = {a["target"] for a in artifacts} | {check for check, _ in engines}
+    ran = {r["check"] for r in results if r["status"] == "PASS"} & tested
     return finish(0 if ran else 3)
+
+
+def built_engines(manifest, args):
+    """(check, artifact) of every engine in DIR, or (check, why it is refused)."""
+    if not args.engines:
+        return []
+    if not manifest.get("rebuild"):
+        return [("engines", "this bundle has no file that build_engine.py compiles")]
+    return list(load("engine_files").engine_artifacts(manifest, args.engines, args.target))
 
 
 def machine():
