@@ -3,8 +3,10 @@
 manifest.json         what the other files are (see verify.py); in a signed bundle signature.json (dsse.py) follows
 artifacts/TARGET/     artifact.json and the artifact's files, as exported
 preprocess.{py,json}  a copy of distill/data/preprocess.py, and its settings per resolution
+heads/TASK.onnx       heads that the run's evaluations trained, if wanted (head_graph.py)
 golden/               raw images (.png), their tensors (.npy), expected outputs per artifact (.npz)
-infer.py selftest.py bench.py  a runtime sample, the self-test, the stopwatch; numpy, Pillow and a runtime are all they need
+infer.py selftest.py bench.py  a runtime sample, the self-test, the stopwatch, with head.py, agreement.py and machine.py; numpy, Pillow and a
+                      runtime are all they need
 build_engine.py       compiles the ONNX files into engines on a device, with engine_*.py; REBUILD.md has trtexec's commands
 samples/cpp/          the same sample in C++ with OpenVINO
 report/               the run's report
@@ -18,7 +20,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import machine, python_version, system
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -26,22 +28,23 @@ import onnxruntime
 import PIL
 import torch
 from PIL import Image
-from pydantic import Field
 
-from distill.config import Config
 from distill.data import preprocess
 from distill.data.preprocess import Preprocess
 from distill.errors import GateFailed, UserError
+from distill.evaluate.kept_heads import KeptHead
 from distill.files import replacing, sha256_file
-from distill.models.checkpoints import load_backbone, model_info
+from distill.models.checkpoints import model_info
 from distill.progress import Progress
 from distill.rows import Row
 from export import golden
 from export.archive import CHUNK, bad_name, write_archive
-from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile, Precision
+from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile
+from export.bundle_config import BundleConfig
+from export.bundle_golden import Vectors, add_golden
+from export.bundle_heads import add_heads, choose_heads
 from export.dsse import SIGNATURE
-from export.golden import PREPROCESS, SAME, SOURCE, Tolerance
-from export.keys import PrivateKey, PublicKey, read_private
+from export.keys import PrivateKey, PublicKey
 from export.model_card import model_card
 from export.nodes import load_graph, serialize
 from export.preprocess_graph import PIXELS, SUFFIX, with_preprocess
@@ -52,7 +55,10 @@ from export.targets import SPECS, ExportConfig
 from export.verify import ANYONE, FORMAT, MANIFEST, Trust, verify
 
 TEMPLATES = Path(__file__).parent / "templates" / "bundle"
-COPIED = ("infer.py", "selftest.py", "bench.py", "machine.py", "LICENSE", "samples/cpp/main.cpp", "samples/cpp/Makefile")
+COPIED = (
+    *("infer.py", "selftest.py", "bench.py", "head.py", "agreement.py", "machine.py"),
+    *("LICENSE", "samples/cpp/main.cpp", "samples/cpp/Makefile"),
+)
 REPORT_SUFFIXES = (".html", ".json", ".csv", ".md")
 LAYOUTS = {
     "images": "batch, channel (red, green, blue), row, column",
@@ -62,60 +68,6 @@ LAYOUTS = {
 }
 Content = bytes | Path
 Json = dict[str, Any]
-
-
-class BundleConfig(Config):
-    """What goes into a bundle.
-
-    Attributes:
-        targets: the artifacts to include; none: all that were exported, without those of other people's quantizers.
-        golden_images: how many images the self-test compares.
-        tolerances: per precision, for expected outputs that the artifact computed itself. What is left out is `golden.SAME`.
-        source_tolerances: for those from what an artifact was made from, where it could not run. Left out: `golden.SOURCE`.
-        preprocess_in_graph: beside each ONNX file a second one that takes uint8 pictures of any size and preprocesses them itself.
-            Not for OpenVINO below FP32, whose plugin would compute the resize in that precision too.
-        layout: how the files lie in the archive.
-        sign_key: the private key (`decant keygen`) that signs every bundle of the run; relative to where the command runs. Of an
-            encrypted one the passphrase is in the environment variable DECANT_KEY_PASSPHRASE.
-    """
-
-    targets: list[str] | None = None
-    golden_images: int = 4
-    tolerances: dict[Precision, Tolerance] = Field(default_factory=dict)
-    source_tolerances: dict[Precision, Tolerance] = Field(default_factory=dict)
-    preprocess_in_graph: bool = False
-    layout: Literal["plain"] = "plain"
-    sign_key: str | None = None
-
-    def problems(self) -> list[str]:
-        """What contradicts itself in these settings, one sentence each."""
-        found = []
-        if not 1 <= self.golden_images <= 64:
-            found.append(f"golden_images must lie in 1..64, got {self.golden_images}")
-        if self.targets is not None and (not self.targets or len(set(self.targets)) < len(self.targets)):
-            found.append("targets must name at least one artifact, and each once; leave it out for all")
-        for name, given in (("tolerances", self.tolerances), ("source_tolerances", self.source_tolerances)):
-            for precision, tolerance in given.items():
-                if not (-1 <= tolerance.cosine_min <= 1 and 0 <= tolerance.max_abs < float("inf")):
-                    found.append(f"{name}.{precision}: cosine_min must lie in -1..1 and max_abs be at least 0")
-        try:  # now, not after hours of training
-            self.key()
-        except UserError as e:
-            found.append(f"sign_key cannot be used: {e}")
-        return found
-
-    def key(self) -> PrivateKey | None:
-        """The key that signs.
-
-        Raises:
-            UserError: it cannot be read.
-        """
-        return None if self.sign_key is None else read_private(Path(self.sign_key).expanduser())
-
-    def tolerance(self, precision: Precision, same: bool) -> Tolerance:
-        """For outputs of the artifact itself (`same`) or of its source."""
-        given, default = (self.tolerances, SAME) if same else (self.source_tolerances, SOURCE)
-        return given.get(precision, default[precision])
 
 
 def build_bundle(
@@ -130,6 +82,7 @@ def build_bundle(
     out: Path,
     progress: Progress,
     rows: Sequence[Row] = (),
+    kept: Sequence[KeptHead] = (),
     export: ExportConfig | None = None,
 ) -> Path:
     """Write `out`, a .tar.gz that `verify` accepts; the same inputs give the same bytes. It is whole or not there.
@@ -141,24 +94,27 @@ def build_bundle(
         golden_images: at least `config.golden_images`; more are ignored.
         lineage: what the model was made from (JSON), e.g. teacher, data, licences.
         rows: what was measured of this student, for its model card.
+        kept: heads that an evaluation trained on this student, for `config.heads` to choose from.
         export: the recipe's export settings, by which a device compiles engines; the defaults when None.
 
     Raises:
-        UserError: a chosen artifact does not exist or was changed, there are too few images, or the key cannot be read.
+        UserError: a chosen artifact or head does not exist or was changed, there are too few images, or the key cannot be read.
         GateFailed: a model gives NaN on a golden image, or the archive does not verify.
     """
     chosen, key = choose(config, artifacts), config.key()
     if len(golden_images) < (need := config.golden_images):
         raise UserError(f"The bundle needs {need} golden images and got {len(golden_images)}; lower bundle.golden_images.")
-    settings = preprocess_settings(chosen)
+    settings, with_heads = preprocess_settings(chosen), choose_heads(config.heads, kept, chosen)
     files = artifact_files(chosen)
     if config.preprocess_in_graph:
         files |= graphs_with_preprocess(chosen)
     images = [golden.golden_image(image) for image in golden_images[: config.golden_images]]
-    vectors, expected = add_golden(files, config, chosen, artifacts, settings, images, model_folder, progress)
+    vectors = add_golden(files, config, chosen, artifacts, settings, images, model_folder, progress)
+    dims = {a.target: a.dim for a in chosen}
+    heads = add_heads(files, with_heads, vectors.features, dims, config.tolerance("fp32", same=True))
     given = {n: data for n, data in files.items() if isinstance(data, bytes)}
     section = rebuild(
-        chosen, expected, given, lambda p: config.tolerance(p, same=False), export or ExportConfig(), model_folder
+        chosen, vectors.expected, given, lambda p: config.tolerance(p, same=False), export or ExportConfig(), model_folder
     )
     files |= kit(section, TEMPLATES) if section else {}
     files["preprocess.py"] = Path(preprocess.__file__)
@@ -167,11 +123,11 @@ def build_bundle(
     files |= report_files(report_folder)
     about = {"student": student, "run": run, "model": model_lineage(model_folder), "lineage": lineage}
     files[LINEAGE] = as_json(about)
-    files["MODEL_CARD.md"] = model_card(student, chosen, rows, about)
-    files["sbom.cdx.json"] = as_json(sbom(student, decant_version(), chosen, rows, about, built_with()))
+    files["MODEL_CARD.md"] = model_card(student, chosen, rows, about, heads)
+    files["sbom.cdx.json"] = as_json(sbom(student, decant_version(), chosen, rows, about, built_with(), bundled(heads, files)))
     told = {"report": "report/index.html" in files, "in_graph": config.preprocess_in_graph, "rebuild": section is not None}
-    files["README.md"] = readme(student, chosen, **told)
-    text = as_json(manifest(config, student, chosen, vectors, expected, files) | ({"rebuild": section} if section else {}))
+    files["README.md"] = readme(student, chosen, heads, **told)
+    text = as_json(manifest(config, student, chosen, vectors, heads, files) | ({"rebuild": section} if section else {}))
     signature = {} if key is None else {SIGNATURE: signed(text, about, key)}
     write(out, {MANIFEST: text, **signature}, files, progress, None if key is None else key.public)
     return out
@@ -238,47 +194,12 @@ def path_with_preprocess(artifact: Artifact, entry: ArtifactFile) -> str | None:
     return f"artifacts/{artifact.target}/{entry.path.removesuffix('.onnx')}{SUFFIX}"
 
 
-def add_golden(
-    files: dict[str, Content],
-    config: BundleConfig,
-    chosen: list[Artifact],
-    artifacts: list[Artifact],
-    settings: dict[int, Preprocess],
-    images: list[Image.Image],
-    model_folder: Path,
-    progress: Progress,
-) -> tuple[Json, dict[str, Json]]:
-    """Add images, tensors and expected outputs -> (the manifest's `golden`, its `expected` by path of an artifact's file)."""
-    names = [f"golden/image_{i}.png" for i in range(len(images))]
-    files |= dict(zip(names, map(golden.as_png, images), strict=True))
-    tensors = {r: np.stack([p(image) for image in images]) for r, p in settings.items()}
-    files |= {f"golden/input_{r}.npy": golden.as_npy(t) for r, t in tensors.items()}
-    expected: dict[str, Json] = {}
-    model = load_backbone(model_folder)
-    with progress.task("golden outputs", sum(len(a.files) for a in chosen), "files") as task:
-        for artifact in chosen:
-            for entry in artifact.files:
-                source, outputs = golden.expected_outputs(artifact, entry, artifacts, model, tensors[entry.resolution])
-                tolerance = config.tolerance(artifact.precision, source == artifact.target)
-                path = f"golden/{artifact.target}/expected_{entry.resolution}.npz"
-                files[path] = golden.as_npz(outputs)
-                expected[f"artifacts/{artifact.target}/{entry.path}"] = {
-                    "path": path,
-                    "source": source,
-                    "cosine_min": tolerance.cosine_min,
-                    "max_abs": {n: tolerance.max_abs * golden.root_mean_square(v) for n, v in outputs.items()},
-                }
-                task.advance(target=artifact.target)
-    inputs = [{"resolution": r, "path": f"golden/input_{r}.npy"} for r in settings]
-    return {"images": names, "inputs": inputs, **PREPROCESS.model_dump()}, expected
-
-
 def manifest(
     config: BundleConfig,
     student: str,
     chosen: list[Artifact],
-    vectors: Json,
-    expected: dict[str, Json],
+    vectors: Vectors,
+    heads: list[Json],
     files: dict[str, Content],
 ) -> Json:
     """The value of manifest.json; `verify.Manifest` is its schema."""
@@ -288,8 +209,9 @@ def manifest(
         "student": student,
         "decant": decant_version(),
         "built_with": built_with(),
-        "artifacts": [described(a, expected, config.preprocess_in_graph) for a in chosen],
-        "golden": vectors,
+        "artifacts": [described(a, vectors.expected, config.preprocess_in_graph) for a in chosen],
+        "golden": vectors.about,
+        **({"heads": heads} if heads else {}),
         "files": [{"path": name, "bytes": size(files[name]), "sha256": hashed(files[name])} for name in sorted(files)],
     }
 
@@ -324,6 +246,11 @@ def described(artifact: Artifact, expected: dict[str, Json], in_graph: bool) -> 
     if inside := artifact.details.get("openvino", {}).get("inference_precision"):
         where["inference_precision"] = inside
     return {**same, "files": files, "compatibility": where}
+
+
+def bundled(heads: list[Json], files: dict[str, Content]) -> list[Json]:
+    """The manifest's heads with their sha256."""
+    return [{**head, "sha256": hashed(files[head["path"]])} for head in heads]
 
 
 def built_with() -> dict[str, str]:
@@ -380,7 +307,7 @@ def report_files(folder: Path | None) -> dict[str, Content]:
     return {f"report/{p.relative_to(folder).as_posix()}": p for p in found}
 
 
-def readme(student: str, artifacts: list[Artifact], report: bool, in_graph: bool, rebuild: bool) -> bytes:
+def readme(student: str, artifacts: list[Artifact], heads: list[Json], report: bool, in_graph: bool, rebuild: bool) -> bytes:
     """README.md of the bundle."""
     rows = []
     for a in artifacts:
@@ -406,6 +333,7 @@ def readme(student: str, artifacts: list[Artifact], report: bool, in_graph: bool
         in_graph=in_graph,
         rebuild=rebuild,
         artifacts=rows,
+        heads=heads,
         engines=any(a.runtime in ("tensorrt", "tensorrt_rtx") for a in artifacts),
     )
     return text.encode()

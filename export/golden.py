@@ -1,6 +1,8 @@
 """Golden data of a bundle: raw images, their tensors, and the outputs that each artifact gave where the bundle was built."""
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,6 +92,14 @@ def expected_outputs(
         if not np.isfinite(value).all():
             raise GateFailed(f"{encoder.target} gives NaN or infinity in {name} on a golden image; look at its parity rows.")
     return encoder.target, outputs
+
+
+def limits(tolerance: Tolerance, outputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A tolerance as the manifest has it: `max_abs` per output, in the output's own units."""
+    return {
+        "cosine_min": tolerance.cosine_min,
+        "max_abs": {name: tolerance.max_abs * root_mean_square(value) for name, value in outputs.items()},
+    }
 
 
 def root_mean_square(values: np.ndarray) -> float:

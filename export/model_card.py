@@ -13,6 +13,7 @@ import jinja2
 from distill.rows import Row
 from export.artifact import Artifact
 from export.labels import METRICS, target_name
+from export.origin import said
 
 TEMPLATE = Path(__file__).parent / "templates" / "bundle" / "MODEL_CARD.md.j2"
 QUALITY = frozenset(METRICS) - {"load_s", "peak_memory_mb", "build_s", "noise_floor_percent", "class_iou", "size_mb"} | {
@@ -81,11 +82,17 @@ def conditions(row: Row) -> str:
     return ", ".join(f"{name} {row.conditions[name]}" for name in SETTINGS if name in row.conditions)
 
 
-def model_card(student: str, artifacts: Sequence[Artifact], rows: Sequence[Row], about: dict[str, Any]) -> bytes:
+def model_card(
+    student: str,
+    artifacts: Sequence[Artifact],
+    rows: Sequence[Row],
+    about: dict[str, Any],
+    heads: Sequence[dict[str, Any]] = (),
+) -> bytes:
     """The card.
 
     Args:
-        rows: of this student. about: the value of lineage.json.
+        rows: of this student. about: the value of lineage.json. heads: as the manifest lists them.
     """
     targets = [a.target for a in artifacts]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
@@ -104,7 +111,9 @@ def model_card(student: str, artifacts: Sequence[Artifact], rows: Sequence[Row],
         commit=made_from.get("commit"),
         intended=INTENDED,
         limits=LIMITS,
+        heads=heads,
         licence=WEIGHTS_LICENCE,
+        teachers_licence=said(made_from.get("teacher_origin")),
         missing=[cell(text) for text in missing(rows, targets)],
         rows=[
             {"target": r.target, "metric": r.metric, "number": number(r), "conditions": cell(conditions(r))}

@@ -14,6 +14,7 @@ from distill.files import sha256_json
 from distill.rows import Row
 from export.artifact import Artifact
 from export.model_card import INTENDED, LIMITS, WEIGHTS_LICENCE, conditions, missing, shown
+from export.origin import NOT_STATED, said
 from export.provenance import BUILDER
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
@@ -24,17 +25,25 @@ Json = dict[str, Any]
 
 
 def sbom(
-    student: str, decant: str, artifacts: Sequence[Artifact], rows: Sequence[Row], about: Json, packages: Mapping[str, str]
+    student: str,
+    decant: str,
+    artifacts: Sequence[Artifact],
+    rows: Sequence[Row],
+    about: Json,
+    packages: Mapping[str, str],
+    heads: Sequence[Json] = (),
 ) -> Json:
     """The bill of materials.
 
     Args:
         decant: this program's version. rows: of this student. about: the value of lineage.json.
         packages: name -> version of what built the bundle; those of each artifact and of the lineage are added.
+        heads: as the manifest lists them, with their sha256.
     """
     made_from = about["lineage"]
     origins = [*teacher(made_from), *training_data(made_from)]
     files = [component for artifact in artifacts for component in models(student, artifact, rows)]
+    files += [head_component(student, head) for head in heads]
     libraries = package_components([packages, made_from.get("packages") or {}, *(a.versions for a in artifacts)])
     bom: Json = {
         "$schema": SCHEMA,
@@ -63,7 +72,9 @@ def the_student(student: str, about: Json, origins: Sequence[Json]) -> Json:
         "name": student,
         "version": about["model"]["weights_sha256"][:16],
         "hashes": sha256(about["model"]["weights_sha256"]),
-        "licenses": [{"license": {"name": f"of the weights: {WEIGHTS_LICENCE}"}}],
+        "licenses": [
+            {"license": {"name": f"of the weights: {WEIGHTS_LICENCE}. {said(about['lineage'].get('teacher_origin'))}"}}
+        ],
         "modelCard": {
             "modelParameters": {
                 "approach": {"type": "self-supervised"},
@@ -109,6 +120,22 @@ def models(student: str, artifact: Artifact, rows: Sequence[Row]) -> list[Json]:
     return found
 
 
+def head_component(student: str, head: Json) -> Json:
+    """A head that an evaluation trained on the student's features."""
+    ports = {
+        kind: [{"format": f"{p['name']}: {p['dtype']} {p['shape']}"} for p in head[kind]] for kind in ("inputs", "outputs")
+    }
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": head["path"],
+        "name": f"{student}/{head['path']}",
+        "version": head["sha256"][:16],
+        "hashes": sha256(head["sha256"]),
+        "modelCard": {"modelParameters": {"approach": {"type": "supervised"}, "task": head["kind"], **ports}},
+        "properties": properties(path=head["path"], resolution=head["resolution"], trained_on=head["trained_on"]),
+    }
+
+
 def metric(row: Row) -> Json:
     """A row. CycloneDX has values as text; the shortest that reads back as the same number."""
     found: Json = {"type": row.metric, "value": repr(row.value), "slice": conditions(row)}
@@ -120,8 +147,12 @@ def metric(row: Row) -> Json:
 def teacher(made_from: Json) -> list[Json]:
     if not (weights := made_from.get("teacher_sha256")):
         return []
+    origin = made_from.get("teacher_origin") or {}
+    licence = origin.get("licence")
     name = {"type": "machine-learning-model", "bom-ref": TEACHER, "name": "teacher", "version": weights[:16]}
-    return [{**name, "hashes": sha256(weights), "scope": "excluded"}]
+    known = properties(origin=origin.get("name") or origin.get("kind") or NOT_STATED, licence=licence or NOT_STATED)
+    licences = {"licenses": [{"license": {"name": licence}}]} if licence else {}
+    return [{**name, "hashes": sha256(weights), "scope": "excluded", **licences, "properties": known}]
 
 
 def training_data(made_from: Json) -> list[Json]:

@@ -19,12 +19,13 @@ from typing import Annotated, BinaryIO, Literal
 from pydantic import Field, ValidationError
 
 from distill.errors import EnvironmentFailed, GateFailed, UserError
-from export.archive import LIMITS, MAX_FILE, ArchiveReader, Limits, Refused, bad_name, shown
+from export.archive import LIMITS, ArchiveReader, Limits, Refused, bad_name, shown
+from export.bundle_schema import BundledHead, Expected, ListedFile, Port, head_problems
 from export.dsse import SIGNATURE, read_envelope
 from export.keys import PublicKey
 from export.rebuild_schema import Rebuild
 from export.strict_json import parse_json
-from export.strict_model import Several, Sha256, Size, Strict
+from export.strict_model import Several, Size, Strict
 
 FORMAT = "decant-bundle-1"
 MANIFEST = "manifest.json"
@@ -32,37 +33,6 @@ REQUIRED = ("LICENSE", "README.md", "infer.py", "lineage.json", "preprocess.json
 
 
 Create = Callable[[str], BinaryIO | None]
-
-
-class ListedFile(Strict):
-    path: str
-    sha256: Sha256
-    bytes: Annotated[int, Field(ge=0, le=MAX_FILE)]
-
-
-class Port(Strict):
-    """A tensor that goes in or comes out: `shape` mixes sizes with names of dynamic axes, `layout` names the axes in words."""
-
-    name: str
-    dtype: str
-    shape: Several[Size | str]
-    layout: str
-
-
-class Expected(Strict):
-    """Golden outputs of one file: an .npz of `cls` [n, D] and `patches` [n, N, D], float32, in the order of the golden images.
-
-    Attributes:
-        path: the .npz inside the bundle.
-        source: the target that computed it: the artifact's own, or what it was made from where it could not run.
-        cosine_min: the least cosine of a CLS or patch vector to the expected one.
-        max_abs: the largest absolute difference, per output.
-    """
-
-    path: str
-    source: str
-    cosine_min: float
-    max_abs: dict[str, float]
 
 
 class GoldenInput(Strict):
@@ -144,6 +114,7 @@ class Manifest(Strict):
     built_with: dict[str, str]
     artifacts: Annotated[Several[BundledArtifact], Field(min_length=1)]
     golden: Golden
+    heads: Several[BundledHead] = Field(default_factory=list)
     files: Several[ListedFile]
     rebuild: Rebuild | None = None
 
@@ -181,16 +152,19 @@ class Manifest(Strict):
                     found.append(f"{shown(file.path)} has no golden input of {file.resolution} px")
                 if set(file.expected.max_abs) != {port.name for port in file.outputs}:
                     found.append(f"{shown(file.path)} has no tolerance for one of its outputs")
+                if (other := file.expected.stand_in) and set(other.max_abs) != set(file.expected.max_abs):
+                    found.append(f"{shown(file.path)} has no tolerance in another runtime for one of its outputs")
+        outputs = {(a.target, f.resolution): [p.name for p in f.outputs] for a in self.artifacts for f in a.files}
         if self.rebuild:
-            outputs = {(a.target, f.resolution): [p.name for p in f.outputs] for a in self.artifacts for f in a.files}
             found += self.rebuild.problems({f.path: f.sha256 for f in self.files}, outputs)
-        return found
+        return found + head_problems(self.heads, outputs)
 
     def references(self) -> list[str]:
         """Every path that something else in the manifest names."""
         files = [f for a in self.artifacts for f in a.files]
         golden = self.golden.images + [g.path for g in self.golden.inputs]
-        return [p for f in files for p in f.paths] + [f.expected.path for f in files] + golden
+        heads = [p for h in self.heads for p in (h.path, h.expected.path)]
+        return [p for f in files for p in f.paths] + [f.expected.path for f in files] + golden + heads
 
     def subjects(self, manifest_sha256: str) -> dict[str, str]:
         """file -> sha256 of everything that a signature vouches for, in the order of the archive."""

@@ -12,11 +12,11 @@ from distill.data.sources import Source, checked
 from distill.errors import UserError
 from distill.evaluate.dense_head import Head, predict_item
 from distill.evaluate.features import TooLarge
+from distill.evaluate.kept_heads import head_path
 from distill.evaluate.reader import ImageSets, Subject, SubjectReader
 from distill.evaluate.retrieval import clean
 from distill.evaluate.split import align
 from distill.evaluate.store import FeatureStore
-from distill.evaluate.suite import head_path
 from distill.evaluate.task import Unfit
 from distill.progress import Progress
 from export.artifact import Unrunnable

@@ -315,11 +315,16 @@ def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
 
 def bundles(r: Recipe, data: Data, run: Path) -> Work:
     def work(folder: Path, progress: Progress) -> None:
+        from distill.evaluate.kept_heads import kept_heads
         from export.bundle import build_bundle
         from export.fingerprint import code
+        from export.origin import teacher_origin
 
         rows = read_rows(run / "rows.jsonl")
+        load, fitted = r.teacher.load, r.teacher.fit_heads is not None
+        origin = model_info(run / ("loaded" if load is not None and fitted else "teacher"))["lineage"]
         lineage = {
+            "teacher_origin": teacher_origin(origin, None if load is None else load.licence),
             "teacher_sha256": sha256_file(run / "teacher" / "backbone.safetensors"),
             "train": {"name": data.train.name, "fingerprint": data.train.fingerprint()},
             "recipe": (run / "recipe.yaml").read_text(encoding="utf-8"),
@@ -339,7 +344,8 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
                 folder / f"{student}.tar.gz",
                 progress,
                 [row for row in rows if row.subject == subject],
-                r.export,
+                kept=kept_heads(run / "evaluate", subject),
+                export=r.export,
             )
 
     return work

@@ -72,6 +72,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             inputs=judged,
             data=(data.fingerprints("gallery", "test") if r.data.test is not None else {}) | data.task_fingerprints(),
             work=shipping.evaluate(r, data, run),
+            schema=2,
         ),
         Stage(
             name="benchmark",
@@ -97,11 +98,13 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             folder=Path("bundles"),
             config={
                 "bundle": r.bundle.model_dump(exclude={"sign_key"}),
+                "licence": None if r.teacher.load is None else r.teacher.load.licence,
                 "export": r.export.model_dump(include={"opt_batch", "engine"}),
             },
-            inputs=(teacher, *_shipped(r), "report", *(s.name for s in exports)),
+            inputs=(teacher, *_shipped(r), "evaluate", "report", *(s.name for s in exports)),
             data=data.fingerprints("test", "train") | _signer(r),
             work=shipping.bundles(r, data, run),
+            schema=2,
             needs_gates=True,
         )
     )
@@ -129,11 +132,8 @@ def _teacher(r: Recipe, data: Data, run: Path, settings: dict, train: dict) -> l
             )
         first = last if t.fit_heads is None else Path("loaded")
         sizes = {"size": r.distill.teacher_size or r.input.size, "input": r.input.model_dump()}
-        stages = [
-            Stage(
-                name="load", folder=first, config=sizes | {"load": t.load.model_dump()}, data=_files(t.load), work=work.load(r)
-            )
-        ]
+        config = sizes | {"load": t.load.model_dump(exclude={"licence"})}  # a word about the weights, which moves none
+        stages = [Stage(name="load", folder=first, config=config, data=_files(t.load), work=work.load(r))]
     else:
         first = last if t.high_res is None else Path("pretrained")
         doing = work.pretrain(r, data)

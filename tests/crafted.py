@@ -18,6 +18,7 @@ def contents() -> dict[str, bytes]:
     files = {name: f"the text of {name}\n".encode() for name in REQUIRED}
     files |= {WEIGHTS: noise.randbytes(1500), "artifacts/onnx-fp32/artifact.json": b"{}\n"}
     files |= {"golden/image_0.png": noise.randbytes(300), "golden/input_8.npy": noise.randbytes(512)}
+    files |= {"heads/rooms.onnx": noise.randbytes(100), "golden/heads/rooms.npz": noise.randbytes(100)}
     return files | {"golden/onnx-fp32/expected_8.npz": noise.randbytes(200)}
 
 
@@ -27,10 +28,25 @@ def manifest_of(files: dict[str, bytes]) -> dict:
     outputs = [{**port, "name": n, "shape": ["batch", 4]} for n in ("cls", "patches")]
     limits = {"cls": 0.1, "patches": 0.1}
     expected = {"path": "golden/onnx-fp32/expected_8.npz", "source": "onnx-fp32", "cosine_min": 0.9999, "max_abs": limits}
+    expected["stand_in"] = {"cosine_min": 0.98, "max_abs": limits}
     where = {"runtime": "onnxruntime", "built_with": {"onnx": "1"}, "systems": [], "machines": [], "compute_capabilities": []}
     artifact = {"target": "onnx-fp32", "precision": "fp32", "runtime": "onnxruntime", "dim": 4, "patch": 8, "opset": 20}
     file = {"path": WEIGHTS, "resolution": 8, "inputs": [port], "outputs": outputs, "expected": expected}
     golden = {"images": ["golden/image_0.png"], "inputs": [{"resolution": 8, "path": "golden/input_8.npy"}]}
+    head = {
+        "name": "rooms",
+        "kind": "segmentation",
+        "path": "heads/rooms.onnx",
+        "resolution": 8,
+        "artifacts": ["onnx-fp32"],
+        "inputs": [{**port, "name": "patches", "shape": ["batch", "patches", 4]}],
+        "outputs": [{**port, "name": "logits", "shape": ["batch", "patches", 2]}],
+        "classes": ["wall", "lamp"],
+        "ids": [0, 3],
+        "trained_on": "torch-fp32",
+        "fit": "squash",
+        "expected": {**expected, "path": "golden/heads/rooms.npz", "max_abs": {"logits": 0.1}, "stand_in": None},
+    }
     return {
         "format": "decant-bundle-1",
         "layout": "plain",
@@ -39,6 +55,7 @@ def manifest_of(files: dict[str, bytes]) -> dict:
         "built_with": {"numpy": "2"},
         "artifacts": [{**artifact, "max_batch": 64, "files": [file], "compatibility": where}],
         "golden": {**golden, "cosine_min": 0.999, "max_abs": 0.1},
+        "heads": [head],
         "files": [{"path": n, "bytes": len(v), "sha256": hashlib.sha256(v).hexdigest()} for n, v in sorted(files.items())],
     }
 

@@ -6,7 +6,7 @@ the kind `classification`.
 Shape legend: n test images of a split, L layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from distill.config import Config
 from distill.data.sources import Source, SourceConfig
 from distill.encoder import Features
 from distill.evaluate import knn, linear
+from distill.evaluate.dense_head import Head
 from distill.evaluate.logistic import few_shot, logistic
 from distill.evaluate.scores import Score, percent_right
 from distill.evaluate.split import Split, align
@@ -100,6 +101,7 @@ class Answer:
         right: float64 [n], the share of right answers for each image. None without a result.
         conditions: how it was asked. headline: a metric's one result; others are of a grid.
         reason: why there is no result.
+        head: the trained classifier, of the linear probe.
     """
 
     metric: str
@@ -108,6 +110,7 @@ class Answer:
     conditions: dict[str, Any] = field(default_factory=dict)
     headline: bool = True
     reason: str | None = None
+    head: Head | None = None
 
 
 def classify(config: ClassifyConfig, reader: Reader, split: Split, gallery: Source, test: Source) -> list[Answer]:
@@ -132,7 +135,14 @@ def classify(config: ClassifyConfig, reader: Reader, split: Split, gallery: Sour
             answers.append(Answer(name, reason=reason))
         else:
             answers += asked[name](config, finite, split)
-    return [replace(a, conditions=lost | a.conditions) for a in answers]
+    return [replace(a, conditions=lost | a.conditions, head=a.head and with_names(a.head, gallery)) for a in answers]
+
+
+def with_names(head: Head, gallery: Source) -> Head:
+    """A classifier that knows what its classes are called; none are where one of them has no name."""
+    names = gallery.classes or []
+    values = [int(v) for v in head.values]
+    return replace(head, names=[names[v] for v in values] if max(values) < len(names) else [])
 
 
 @dataclass(frozen=True)
@@ -227,7 +237,29 @@ def _linear(config: ClassifyConfig, task: Finite, split: Split) -> Iterator[Answ
         "held_out_top1": outcome.held_out_top1,
         "chosen": "held-out gallery",
     }
-    yield _answer("linear_top1", split, task.whole(outcome.predicted), protocol | chosen)
+    answer = _answer("linear_top1", split, task.whole(outcome.predicted), protocol | chosen)
+    yield replace(answer, head=_head(outcome, {**protocol, "lr": outcome.lr, "held_out_top1": outcome.held_out_top1}))
+
+
+def _head(found: linear.Probe, training: dict[str, Any]) -> Head:
+    """The probe that gave the predictions, as a record; `constant` is the class that its bias prefers."""
+    weight_DC, bias_C = found.heads.weight[:, 0], found.heads.bias[0]
+    sets, _, mean_patch = found.features.partition("+")
+    layers = 1 if sets == "cls" else int(sets.removeprefix("last").removesuffix("_cls"))
+    return Head(
+        kind="classification",
+        weight=weight_DC.T.contiguous().numpy(),
+        bias=bias_C.numpy(),
+        shift=found.heads.shift.numpy(),
+        scale=found.heads.scale.numpy(),
+        values=found.classes.numpy().astype(np.float32),
+        layers=layers,
+        cls=True,
+        names=[],
+        constant=float(found.classes[bias_C.argmax()]),
+        training=training,
+        mean_patch=bool(mean_patch),
+    )
 
 
 def _logistic(config: ClassifyConfig, task: Finite, split: Split) -> Iterator[Answer]:
@@ -292,13 +324,20 @@ class ClassificationTask(ClassifyConfig):
 
     def judge(self, reader: Reader, sources: dict[str, Any], progress: Progress) -> list[Score | Unscored]:
         """Raises: Unfit: labels are missing, or not of one numbering."""
+        return self.judge_and_head(reader, sources, progress)[0]
+
+    def judge_and_head(
+        self, reader: Reader, sources: dict[str, Any], progress: Progress
+    ) -> tuple[list[Score | Unscored], Head | None]:
+        """Scores as `judge`, and the linear probe's classifier, if it was asked for and gave a result."""
         train, test = sources["train"], sources["test"]
         split = align(train, test, self.shots, self.seed)
         if isinstance(split, str):
             raise Unfit(split)
         about = split_conditions(split, self)
         found: list[Score | Unscored] = []
-        for a in classify(self, reader, split, train, test):
+        answers = classify(self, reader, split, train, test)
+        for a in answers:
             conditions = about | a.conditions
             if a.headline and "k" in conditions:
                 conditions["chosen_k"] = conditions.pop("k")  # two subjects' headlines are compared whatever k each chose
@@ -307,7 +346,12 @@ class ClassificationTask(ClassifyConfig):
                 found.append(Unscored(a.metric, a.reason, conditions))
             else:
                 found.append(replace(percent_right(a.metric, a.right.numpy(), **conditions), headline=a.headline))
-        return found
+        return found, head_of(answers)
+
+
+def head_of(answers: Sequence[Answer]) -> Head | None:
+    """The classifier that one of the answers was given by."""
+    return next((a.head for a in answers if a.head is not None), None)
 
 
 def split_conditions(split: Split, config: ClassifyConfig) -> dict[str, Any]:

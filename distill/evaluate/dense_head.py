@@ -1,4 +1,4 @@
-"""A trained linear head on patch tokens: a plain record of arrays that a bundle can carry, and what it says of an image.
+"""A trained linear head: a plain record of arrays that a bundle can carry, and what a dense one says of every pixel of an image.
 
 Shape legend: B images, N tokens an image on a g x g grid, L layers, D width, F inputs, K outputs, H W pixels.
 """
@@ -24,20 +24,21 @@ ARRAYS = ("weight", "bias", "shift", "scale", "values")
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """logits = weight @ ((tokens - shift) * scale) + bias, for each patch by itself.
+    """logits = weight @ ((inputs - shift) * scale) + bias, for each patch by itself, or once for the image.
 
     Attributes:
-        kind: `segmentation` or `depth`.
+        kind: `segmentation` or `depth` (of patches), or `classification` (of the image).
         weight: [K, F] float32. bias: [K]. shift, scale: [F].
         values: [K] float32, what an output stands for: a class id, or metres (the middle of a bin of depth).
-        layers: L, the last so many layers' tokens, earliest first, are its inputs.
+        layers: L, the last so many layers' tokens, earliest first, are its inputs; of a classification their CLS.
         cls: the L layers' CLS follow after them.
-        names: of the K classes; empty for depth.
+        names: of the K classes; empty for depth, and where a classification's are not known.
         constant: the best answer without looking, from the training maps: the commonest class id, or the mean depth in metres.
         training: how it was trained, and its score on the held-out training images. JSON values.
+        mean_patch: the mean patch of the last layer follows after a classification's CLS.
     """
 
-    kind: Literal["segmentation", "depth"]
+    kind: Literal["segmentation", "depth", "classification"]
     weight: np.ndarray
     bias: np.ndarray
     shift: np.ndarray
@@ -48,6 +49,7 @@ class Head:
     names: list[str]
     constant: float
     training: dict[str, Any] = field(default_factory=dict)
+    mean_patch: bool = False
 
     def save(self, path: Path) -> None:
         """As safetensors; what is no array is its metadata."""
@@ -64,7 +66,7 @@ class Head:
                 about = json.loads((f.metadata() or {})["head"])
                 return Head(**about, **{k: f.get_tensor(k) for k in ARRAYS})
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
-            raise UserError(f"{path} holds no dense head ({e}). Run the evaluation that writes it again.") from e
+            raise UserError(f"{path} holds no head ({e}). Run the evaluation that writes it again.") from e
 
 
 def predict(head: Head, patches: np.ndarray, cls: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -179,12 +179,16 @@ def _batches(n: int, batch: int, settings: ProbeSettings) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Probe:
-    """Predicted labels int64 [M], and what was chosen on the held-out part of the gallery with its accuracy there, percent."""
+    """Predicted labels int64 [M], what was chosen on the held-out part of the gallery with its accuracy there in percent, and the heads
+    (L = 1) behind the predictions with the label of each of their C outputs, int64 [C].
+    """
 
     predicted: Tensor
     lr: float
     features: str
     held_out_top1: float
+    heads: Heads
+    classes: Tensor
 
 
 def probe(
@@ -213,7 +217,7 @@ def probe(
         said = [logits[:, 0].argmax(1) if logits.isfinite().all() else None for logits in _logits(final, asked[name])]
         finite = [x for x in said if x is not None]
         if len(finite) == len(said):
-            return Probe(names[torch.cat(finite)], lr, name, top1)
+            return Probe(names[torch.cat(finite)], lr, name, top1, final, names)
     return "The linear probe diverged at every learning rate of the grid: name smaller ones."
 
 

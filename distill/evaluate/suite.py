@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from distill.data.sources import Source, checked
-from distill.evaluate.classify import Answer, classify, split_conditions
+from distill.evaluate.classify import Answer, classify, head_of, split_conditions
 from distill.evaluate.config import EvaluateConfig
 from distill.evaluate.features import TooLarge
 from distill.evaluate.intervals import wilson
 from distill.evaluate.judged import Judged, Outcome
+from distill.evaluate.kept_heads import head_path
 from distill.evaluate.pairs import FEW, Predictions, paired_rows
 from distill.evaluate.reader import ImageSets, Subject, SubjectReader
 from distill.evaluate.scores import Score, ScoreBook, percent_right
 from distill.evaluate.split import Split, align
 from distill.evaluate.store import FeatureStore
-from distill.evaluate.task import HeadTask, Task, Unfit, Unscored
-from distill.evaluate.tasks import takes_part
+from distill.evaluate.task import HeadTask, ProbeTask, Task, Unfit, Unscored
+from distill.evaluate.tasks import knows_something, takes_part
 from distill.files import write_bytes
 from distill.progress import Progress
 from distill.rows import Row, not_measured
@@ -55,7 +56,7 @@ def evaluate(
 
     Features and what a subject scored are kept in `kept`, so that neither a killed evaluation nor one with other settings repeats them.
     Predictions per image are written to `folder/predictions.safetensors`, all other scores per item to `folder/scores.safetensors`, heads
-    that tasks train to `folder/tasks` (`head_path`), where there are any.
+    that evaluations train to `folder/tasks` (`kept_heads.head_path`), where there are any.
 
     Args:
         gallery, test: None where the recipe names no test set.
@@ -128,13 +129,16 @@ class _Judge:
         self, key: dict[str, Any] | None, subject: Subject, split: Split, gallery: Source, test: Source, images: ImageSets
     ) -> Outcome:
         """As records: what an Answer says, with its predictions, or its shares where it has no single prediction."""
-        if (kept := self._judged.get(key)) is not None:
-            return kept
-        with self._reader(subject, images) as reader:
-            answers = classify(self.config, reader, split, gallery, test)
-        outcome = Outcome(reader.conditions, [_record(a) for a in answers])
-        self._warn(subject, outcome)
-        self._judged.put(key, outcome)
+        head = _KeptHead.of(self, MAIN, subject, key)
+        outcome = self._judged.get(key)
+        if outcome is None or (has_probe(outcome) and head.lacking()):
+            with self._reader(subject, images) as reader:
+                answers = classify(self.config, reader, split, gallery, test)
+            head.save(head_of(answers))
+            outcome = Outcome(reader.conditions, [_record(a) for a in answers])
+            self._warn(subject, outcome)
+            self._judged.put(key, outcome)
+        head.copy()
         return outcome
 
     def task(self, name: str, task: Task, sources: dict[str, Source]) -> list[Row]:
@@ -150,17 +154,15 @@ class _Judge:
             label = subject.subject, subject.target
             key = Judged.key(subject, data, settings)
             try:
-                head = head_path(self.folder, name, subject) if isinstance(task, HeadTask) else None
-                kept = head if key is None or head is None else self._judged.head(key)
+                head = _KeptHead.of(self, name, subject, key)
                 outcome = self._judged.get(key)
-                if outcome is None or (kept is not None and not kept.exists()):
+                if outcome is None or ((isinstance(task, HeadTask) or has_probe(outcome)) and head.lacking()):
                     with self._reader(subject, images) as reader:
-                        scores = _scores(task, reader, sources, self.progress, kept)
+                        scores = _scores(task, reader, sources, self.progress, head)
                     outcome = Outcome(reader.conditions, [_task_record(s) for s in scores])
                     self._warn(subject, outcome)
                     self._judged.put(key, outcome)
-                if head is not None and kept is not None and kept != head:
-                    write_bytes(head, kept.read_bytes())
+                head.copy()
             except self.unrunnable as e:
                 if str(e) not in said_why:
                     self.progress.say(f"evaluate: {name} of {subject.subject} on {subject.target}: {e}", warning=True)
@@ -204,20 +206,50 @@ class _Judge:
         return {"resolution": seen.size, "normalize": seen.normalize, "batch": self.config.batch}
 
 
-def head_path(folder: Path, task: str, subject: Subject) -> Path:
-    """Where an evaluation keeps the head that a task trained on a subject's features."""
-    name = f"head-{subject.subject.replace('/', '.')}-{subject.target}-{subject.preprocess.size}.safetensors"
-    return folder / "tasks" / task / name
+@dataclass(frozen=True)
+class _KeptHead:
+    """The head that is trained on a subject: beside its outcome, from where it is copied to the evaluation's folder. None of a subject
+    that knows nothing.
+    """
+
+    path: Path | None
+    kept: Path | None
+
+    @staticmethod
+    def of(judge: _Judge, task: str, subject: Subject, key: dict[str, Any] | None) -> "_KeptHead":
+        path = head_path(judge.folder, task, subject) if knows_something(subject.subject) else None
+        return _KeptHead(path, path if key is None or path is None else judge._judged.head(key))
+
+    def lacking(self) -> bool:
+        return self.kept is not None and not self.kept.exists()
+
+    def save(self, head: Any | None) -> None:
+        if head is not None and self.kept is not None:
+            head.save(self.kept)
+
+    def copy(self) -> None:
+        if self.path is not None and self.kept is not None and self.kept != self.path and self.kept.exists():
+            write_bytes(self.path, self.kept.read_bytes())
+
+
+def has_probe(outcome: Outcome) -> bool:
+    """Whether a linear probe gave a result, and so a classifier."""
+    return any(said["metric"] == "linear_top1" and result is not None for said, result in outcome.records)
 
 
 def _scores(
-    task: Task, reader: SubjectReader, sources: dict[str, Source], progress: Progress, head: Path | None
+    task: Task, reader: SubjectReader, sources: dict[str, Source], progress: Progress, head: _KeptHead
 ) -> Sequence[Score | Unscored]:
-    if head is None or not isinstance(task, HeadTask):
-        return task.judge(reader, sources, progress)
-    trained = task.fit(reader, sources, progress)
-    trained.save(head)
-    return task.scores(trained, reader, sources, progress)
+    """Judged, and the head that this trains kept."""
+    if isinstance(task, HeadTask):
+        trained = task.fit(reader, sources, progress)
+        head.save(trained)
+        return task.scores(trained, reader, sources, progress)
+    if isinstance(task, ProbeTask):
+        scores, classifier = task.judge_and_head(reader, sources, progress)
+        head.save(classifier)
+        return scores
+    return task.judge(reader, sources, progress)
 
 
 def _about(sources: Mapping[str, Source]) -> dict[str, Any]:

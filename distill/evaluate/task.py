@@ -107,6 +107,16 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class ProbeTask(Task, Protocol):
+    """A task that may train a classifier worth keeping among what else it judges by."""
+
+    def judge_and_head(
+        self, reader: Reader, sources: dict[str, Any], progress: Progress
+    ) -> tuple[Sequence[Score | Unscored], Any | None]:
+        """As `judge`, and the trained head with `save(path)`, or None where there is none."""
+
+
+@runtime_checkable
 class HeadTask(Task, Protocol):
     """A task whose judging trains a head worth keeping: pictures, demos and bundles use it. `judge` is `fit`, then `scores`."""
 

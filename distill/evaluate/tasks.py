@@ -37,6 +37,11 @@ YARDSTICKS = (
 )  # subjects that know nothing: they stand beside accuracies, and have no dense features worth the time
 
 
+def knows_something(subject: str) -> bool:
+    """Whether a subject is no yardstick."""
+    return subject.split("/")[0] not in YARDSTICKS
+
+
 def takes_part(task: Any, subject: str) -> bool:
     """Whether a subject is judged by a task: pixels and untrained networks only where classes are told apart."""
-    return task.kind == "classification" or subject.split("/")[0] not in YARDSTICKS
+    return task.kind == "classification" or knows_something(subject)

@@ -41,6 +41,8 @@ class LoadConfig(Config):
         options: further arguments of timm's model.
         heads: a full teacher checkpoint in DINOv2's format, for heads that are not in `path`.
         attention_heads: of an official file; None: width / 64, as in all published ones.
+        licence: of the weights, as their publisher names it (`Apache-2.0`); bundles say it. None: what timm says of weights that it
+            fetches, else bundles say that it is not stated.
         pos_offset, pos_antialias: how an official file's positions are resampled; None: as published (0.1 and plain, with registers
             0 and antialiased).
     """
@@ -53,6 +55,7 @@ class LoadConfig(Config):
     options: dict[str, Option] = Field(default_factory=dict)
     heads: str | None = None
     attention_heads: int | None = None
+    licence: str | None = None
     pos_offset: float | None = None
     pos_antialias: bool | None = None
 
@@ -77,6 +80,8 @@ class LoadConfig(Config):
             given = sorted(f for f in fields if getattr(self, f) != defaults[f])
             if self.kind != kind and given:
                 found.append(f"{', '.join(given)} cannot be set for kind {self.kind}: only {kind} reads it")
+        if self.licence is not None and not self.licence.strip():
+            found.append("licence must name one, or be left out")
         if self.attention_heads is not None and self.attention_heads < 1:
             found.append(f"attention_heads must be at least 1, got {self.attention_heads}")
         if self.pos_offset is not None and not 0 <= self.pos_offset < 1:
@@ -119,8 +124,10 @@ def load_teacher(config: LoadConfig) -> Loaded:
 def load_timm(config: LoadConfig) -> Loaded:
     """A timm model with the weights of a file, or with those that timm fetches."""
     made = config.timm()
+    said: dict[str, Any] = {}
     if config.pretrained:
         backbone = TimmBackbone(made, fetch_timm(made))
+        said = {"licence": named} if (named := backbone.net.pretrained_cfg.get("license")) else {}
     else:
         assert config.path is not None
         empty = skeleton(made)
@@ -129,7 +136,7 @@ def load_timm(config: LoadConfig) -> Loaded:
         state = read_state(Path(config.path), TIMM_FILES)
         fill_timm(backbone, state, Path(config.path))
     preprocess = preprocess_of(backbone.net, config.image_size)
-    return Loaded(backbone, {}, preprocess, lineage(config, model=made.name))
+    return Loaded(backbone, {}, preprocess, lineage(config, model=made.name, **said))
 
 
 def fetch_timm(config: TimmConfig) -> nn.Module:

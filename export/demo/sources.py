@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distill.errors import EnvironmentFailed, UserError
 from export.artifact import NAME, Artifact, ArtifactFile, Unrunnable, read_artifact
+from export.demo.heads import kind_of
 from export.demo.models import Model, first_line, open_model, open_teacher
 
 TEACHER = "teacher (torch)"
@@ -83,9 +84,9 @@ def order(folder: Path) -> tuple[str, bool, str]:
 
 
 def head_files(folder: Path) -> list[Path]:
-    """Files of trained heads in a run, a bundle or an artifact's folder."""
+    """Files of trained heads for maps in a run, a bundle or an artifact's folder: the page has no use for classifiers."""
     patterns = ("heads/*.safetensors", "heads/*.onnx", "evaluate/tasks/*/head-*.safetensors")
-    return [p for pattern in patterns for p in sorted(folder.glob(pattern))]
+    return [p for pattern in patterns for p in sorted(folder.glob(pattern)) if kind_of(p) != "classification"]
 
 
 def joined(paths: list[Path], found: list[Found]) -> Found:

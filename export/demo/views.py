@@ -187,11 +187,7 @@ def dense_view(look: Look, head: DenseHead) -> Figure:
         return Figure(image, text, text)
     ids, counts = np.unique(predicted, return_counts=True)
     order = np.argsort(-counts)
-    names = [
-        f"{head.names[i] if i < len(head.names) else f'class {i}'} {counts[k] / predicted.size:.0%}"
-        for k in order
-        for i in [ids[k]]
-    ]
+    names = [f"{head.name_of(int(ids[k]))} {counts[k] / predicted.size:.0%}" for k in order]
     under = np.asarray(enlarged(look), np.float64)
     image = vision.as_picture(under * 0.4 + vision.class_colours(predicted) * 0.6)
     text = f"Segmentation: {', '.join(names[:8])}."

@@ -16,12 +16,15 @@ from distill.encoder import Features, RawPixels
 from distill.errors import UserError
 from distill.evaluate.classify import ClassificationTask, ClassifyConfig
 from distill.evaluate.config import EvaluateConfig
+from distill.evaluate.dense_head import Head
 from distill.evaluate.judged import Judged, Outcome
+from distill.evaluate.kept_heads import head_path, kept_heads
 from distill.evaluate.pairs import Predictions
-from distill.evaluate.reader import Subject
+from distill.evaluate.reader import ImageSets, Subject, SubjectReader
 from distill.evaluate.scores import Score, ScoreBook
 from distill.evaluate.split import Split
-from distill.evaluate.suite import Evaluation, evaluate, head_path
+from distill.evaluate.store import FeatureStore
+from distill.evaluate.suite import Evaluation, evaluate
 from distill.evaluate.task import Stored, Unfit, Unscored
 from distill.evaluate.tasks import KINDS, takes_part
 from distill.files import write_bytes
@@ -234,11 +237,11 @@ class Lengths(ClassificationTask):
     def metrics(self):
         return "length", "width"
 
-    def judge(self, reader, sources, progress):
+    def judge_and_head(self, reader, sources, progress):
         if reader.subject.subject == "students/bad":
             raise Unfit("Its tokens fill no square grid.")
         n = len(reader.read(sources["test"], patches=True).patches[0])
-        return [Score("length", "share", np.ones((n, 2))), Unscored("width", "Nothing is wide.")]
+        return [Score("length", "share", np.ones((n, 2))), Unscored("width", "Nothing is wide.")], None
 
 
 def test_every_kind_is_run_alike(tmp_path):
@@ -305,7 +308,7 @@ def test_who_takes_part():
 
 def test_a_killed_evaluation_repeats_neither_features_nor_judgements(tmp_path, monkeypatch):
     judged: list[str] = []
-    real = ClassificationTask.judge
+    real = ClassificationTask.judge_and_head
 
     def judge(self, reader, sources, progress):
         if reader.subject.subject == "students/b" and not judged.count("again"):
@@ -313,7 +316,7 @@ def test_a_killed_evaluation_repeats_neither_features_nor_judgements(tmp_path, m
         judged.append(reader.subject.subject)
         return real(self, reader, sources, progress)
 
-    monkeypatch.setattr(ClassificationTask, "judge", judge)
+    monkeypatch.setattr(ClassificationTask, "judge_and_head", judge)
     encoders = [Seen(i / 10) for i in range(3)]
     subjects = [subject(name, e) for name, e in zip(("teacher", "students/a", "students/b"), encoders, strict=True)]
     with pytest.raises(KeyboardInterrupt):
@@ -393,7 +396,7 @@ def test_features_too_wide_for_logistic_regression_are_a_reason(monkeypatch):
     labels = torch.arange(30) % 3
     split = Split(torch.arange(30), labels, torch.arange(30), labels, 0)
     reader = SimpleNamespace(depth=1, read=lambda source, layers: Stored(x, x))
-    answers = {a.metric: a for a in module.classify(settings, reader, split, None, None)}
+    answers = {a.metric: a for a in module.classify(settings, reader, split, *MAIN)}
     assert "20 numbers" in answers["logistic_top1"].reason
     assert "20 numbers" in answers["few_shot_top1"].reason
     assert answers["knn_top1"].predicted is not None
@@ -405,3 +408,31 @@ def test_raw_pixels_of_large_images_are_averaged_down():
     assert found.cls.shape == (2, 3 * 48 * 48)
     small = RawPixels()(torch.nn.functional.avg_pool2d(large, 2))
     assert torch.allclose(found.cls, small.cls, atol=1e-5)
+
+
+def test_the_linear_probes_classifier_is_kept_and_says_what_the_probe_said(tmp_path):
+    one, raw = subject("students/a", Seen()), subject("raw", Seen(), None)
+    hues = ["red", "green", "blue", "grey"]
+    train = Colours([0, 1, 2, 3] * 10, name="fine", classes=hues)
+    sources = {"train": train, "test": Colours([3, 2, 1, 0] * 9, seed=1, name="fine/test", classes=hues)}
+
+    def judged(folder: str) -> Evaluation:
+        arguments = (tmp_path / folder, QUIET, (), {"fine": sources}, (), tmp_path / "kept")
+        return evaluate(config(fine=ClassificationTask(train="x", test="y", knn=False, **SMALL)), [raw, one], *MAIN, *arguments)
+
+    found = judged("a")
+    heads = kept_heads(tmp_path / "a", "students/a")
+    assert [(h.task, h.target, h.resolution) for h in heads] == [("fine", "torch-fp32", 32), ("main", "torch-fp32", 32)]
+    assert kept_heads(tmp_path / "a", "raw") == []  # a yardstick knows nothing worth keeping
+    head = Head.load(heads[0].path)
+    assert (head.kind, head.layers, head.cls) == ("classification", 1, True)
+    assert head.names == [hues[int(v)] for v in head.values]
+    mine = SubjectReader(one, FeatureStore(tmp_path / "read"), ImageSets(), 16, QUIET).read(sources["test"])
+    inputs = np.concatenate([mine.cls[-1], *([mine.mean_patch[-1]] if head.mean_patch else [])], 1)
+    said = head.values[(((inputs - head.shift) * head.scale) @ head.weight.T + head.bias).argmax(1)]
+    value = next(r.value for r in of_task(found.rows, "linear_top1") if r.subject == "students/a")
+    assert 100 * (said == sources["test"].labels()).mean() == pytest.approx(value)
+    for path in (tmp_path / "kept" / "judged").glob("*.head.safetensors"):
+        path.unlink()
+    assert judged("b").rows == found.rows
+    assert [h.path.read_bytes() for h in kept_heads(tmp_path / "b", "students/a")] == [h.path.read_bytes() for h in heads]

@@ -1,6 +1,10 @@
-"""Graphs that several tests read: exporting one takes seconds, so each is made once a session."""
+"""What several tests use and one session makes once: exported graphs, and environments without packages."""
 
+import importlib.util
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,35 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Backbone
         export_onnx(model, path, size, precision)
         made[name] = model, path, size
     return made
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a script of a bundle where nothing can be imported but the standard library and the packages named."""
+    folder = tmp_path_factory.mktemp("bare")
+    runtimes = [("numpy", "PIL", r) for r in ("onnxruntime", "openvino") if importlib.util.find_spec(r) is not None]
+    for packages in (*runtimes, ("numpy", "PIL"), ()):
+        (folder / "-".join(("p", *packages))).mkdir()
+        for package in packages:
+            site = Path(importlib.util.find_spec(package).origin).parent.parent
+            libraries = {"PIL": "pillow"}.get(package, package) + ".libs"  # where wheels keep their shared libraries
+            for name in (package, libraries):
+                if (site / name).exists():
+                    (folder / "-".join(("p", *packages)) / name).symlink_to(site / name)
+
+    def call(script: Path, *arguments: str, packages: tuple[str, ...] = ("numpy", "PIL", "onnxruntime")) -> Any:
+        start = (
+            "import sys, runpy; sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[2:]\n"
+            "import importlib.util as u\n"
+            "assert not [n for n in ('torch', 'timm', 'onnx', 'distill', 'export', 'pydantic') if u.find_spec(n)]\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
+        # -S: not even site-packages. The base interpreter: not even the virtual environment.
+        python = [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-c", start]
+        command = [*python, str(folder / "-".join(("p", *packages))), str(script), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=script.parent, timeout=120)
+
+    return call
 
 
 @pytest.fixture(scope="session")

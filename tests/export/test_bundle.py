@@ -23,6 +23,7 @@ import torch
 from onnx import numpy_helper
 from PIL import Image
 from tiny import backbone, pictures
+from tiny_bundle import remade
 
 from distill.data import preprocess
 from distill.data.preprocess import Preprocess
@@ -31,7 +32,6 @@ from distill.files import sha256_file
 from distill.models.checkpoints import load_backbone, save_model
 from distill.progress import Progress
 from export import bundle as building
-from export.archive import write_archive
 from export.artifact import Artifact, read_artifact
 from export.builders import build_target
 from export.bundle import TEMPLATES, BundleConfig, build_bundle
@@ -93,23 +93,6 @@ def build(run, out: Path, config: BundleConfig | None = None, report: Path | Non
 @pytest.fixture(scope="module")
 def good(run, tmp_path_factory) -> Path:
     return build(run, tmp_path_factory.mktemp("good") / "small.tar.gz")
-
-
-def remade(bundle: Path, out: Path, change) -> Path:
-    """The bundle with `change(folder)` done to its files, and sizes, hashes and archive made to fit: all but golden data."""
-    folder = out.parent / f"{out.name}-files"
-    manifest = unpack(bundle, folder).manifest.model_dump()
-    change(folder)
-    for entry in manifest["files"]:
-        path = folder / entry["path"]
-        entry |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    for entry in manifest["rebuild"]["files"]:
-        entry["sha256"] = sha256_file(folder / entry["path"])
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    names = [MANIFEST, *(entry["path"] for entry in manifest["files"])]
-    write_archive(out, ((n, (folder / n).stat().st_size, iter([(folder / n).read_bytes()])) for n in names))
-    verify(out)
-    return out
 
 
 # ---- what is in it
@@ -472,34 +455,6 @@ def test_selftest_that_does_not_report(good, tmp_path, code, error, words):
 # ---- in the bundle, without torch and without this project
 
 
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory):
-    """Runs a script of a bundle where nothing can be imported but the standard library and the packages named."""
-    folder = tmp_path_factory.mktemp("bare")
-    for packages in (("numpy", "PIL", "onnxruntime"), ("numpy", "PIL"), ()):
-        (folder / "-".join(("p", *packages))).mkdir()
-        for package in packages:
-            site = Path(importlib.util.find_spec(package).origin).parent.parent
-            libraries = {"PIL": "pillow"}.get(package, package) + ".libs"  # where wheels keep their shared libraries
-            for name in (package, libraries):
-                if (site / name).exists():
-                    (folder / "-".join(("p", *packages)) / name).symlink_to(site / name)
-
-    def call(script: Path, *arguments: str, packages: tuple[str, ...] = ("numpy", "PIL", "onnxruntime")):
-        start = (
-            "import sys, runpy; sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[2:]\n"
-            "import importlib.util as u\n"
-            "assert not [n for n in ('torch', 'timm', 'onnx', 'distill', 'export', 'pydantic') if u.find_spec(n)]\n"
-            "runpy.run_path(sys.argv[0], run_name='__main__')"
-        )
-        # -S: not even site-packages. The base interpreter: not even the virtual environment.
-        python = [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-c", start]
-        command = [*python, str(folder / "-".join(("p", *packages))), str(script), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=script.parent, timeout=120)
-
-    return call
-
-
 def listed(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
 
@@ -597,7 +552,7 @@ def test_infer_says_what_is_wrong(good, tmp_path, bare, arguments, code, words):
 
 
 def test_scripts_are_python_3_9():
-    for path in (*TEMPLATES.glob("*.py"), Path(preprocess.__file__)):
+    for path in (*sorted(TEMPLATES.glob("*.py")), Path(preprocess.__file__)):
         ast.parse(path.read_text(), feature_version=(3, 9))
 
 

@@ -8,6 +8,7 @@ import pytest
 from distill.rows import Row, not_measured
 from export.artifact import Artifact, ArtifactFile, TensorSpec
 from export.model_card import cell, conditions, model_card, number
+from export.origin import teacher_origin
 from export.sbom import package_components, sbom
 
 SPEC = [TensorSpec(name="images", dtype="float32", shape=["batch", 3, 32, 32])]
@@ -68,8 +69,14 @@ def test_the_schema_of_cyclonedx_accepts_it():
     schema = pytest.importorskip("cyclonedx.schema")
     validation = pytest.importorskip("cyclonedx.validation.json")
     validator = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
-    for changes in ({}, {"lineage": {}}):
+    origin = {"teacher_origin": teacher_origin(LOADED)}
+    for changes in ({}, {"lineage": {}}, {"lineage": {**ABOUT["lineage"], **origin}}):
         assert validator.validate_str(json.dumps(bill(**changes))) is None
+    head = {"name": "rooms", "kind": "segmentation", "path": "heads/rooms.onnx", "resolution": 32, "trained_on": "torch-fp32"}
+    ports = {"inputs": [{"name": "patches", "dtype": "float32", "shape": ["batch", "patches", 8]}], "outputs": []}
+    with_head = sbom("small", "0.1.0", [artifact()], rows(), ABOUT, {}, [{**head, **ports, "sha256": "5" * 64}])
+    assert validator.validate_str(json.dumps(with_head)) is None
+    assert "heads/rooms.onnx" in {c["bom-ref"] for c in with_head["components"]}
     assert validator.validate_str(json.dumps(bill() | {"components": [{"type": "model", "name": "x"}]})) is not None
 
 
@@ -162,3 +169,49 @@ def test_the_card():
     assert "None was measured." in bare
     assert "data: not told by `lineage.json`" in bare
     assert "\n\n\n" not in bare
+
+
+LOADED = {"kind": "loaded", "format": "timm", "source": "timm resnet", "model": "resnet", "licence": "apache-2.0"}
+
+
+@pytest.mark.parametrize(
+    ("lineage", "stated", "origin", "words"),
+    [
+        (
+            {"kind": "pretrain", "seed": 1},
+            None,
+            {"kind": "trained"},
+            "trained in the run itself; the licence of the training data",
+        ),
+        (LOADED, None, ("resnet", "apache-2.0", "timm"), "resnet, whose licence is apache-2.0 according to timm"),
+        (LOADED, "CC-BY-NC-4.0", ("resnet", "CC-BY-NC-4.0", "the recipe"), "CC-BY-NC-4.0 according to the recipe"),
+        (
+            {"kind": "loaded", "format": "official", "source": "/home/me/dinov2.pth"},
+            None,
+            ("dinov2.pth", None, None),
+            "dinov2.pth, whose licence is not stated: find it out",
+        ),
+        (
+            {"kind": "loaded", "format": "run", "source": "runs/a", "of": LOADED},
+            None,
+            ("resnet", "apache-2.0", "timm"),
+            "apache-2.0 according to timm",
+        ),
+    ],
+)
+def test_the_teachers_licence_is_said_or_said_to_be_unknown(lineage, stated, origin, words):
+    found = teacher_origin(lineage, stated)
+    named = (
+        {"kind": "loaded", **dict(zip(("name", "licence", "licence_from"), origin, strict=True))}
+        if isinstance(origin, tuple)
+        else origin
+    )
+    assert found == named
+    about = {**ABOUT, "lineage": {**ABOUT["lineage"], "teacher_origin": found}}
+    assert words in model_card("small", [artifact()], rows(), about).decode().split("## Licence")[1]
+    bom = bill(lineage=about["lineage"])
+    assert words in bom["metadata"]["component"]["licenses"][0]["license"]["name"]
+    teacher = next(c for c in bom["components"] if c["bom-ref"] == "model/teacher")
+    assert {p["name"]: p["value"] for p in teacher["properties"]}["decant:licence"] == (found.get("licence") or "not stated")
+    assert teacher.get("licenses") == ([{"license": {"name": found["licence"]}}] if found.get("licence") else None)
+    assert "/home/me" not in json.dumps(bom)  # where it lay on somebody's disk is nobody's business

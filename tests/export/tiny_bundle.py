@@ -1,19 +1,24 @@
 """A run with a tiny student and its bundle, for tests of what is done with bundles."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tiny import backbone, pictures
 
 from distill.data.preprocess import Preprocess
+from distill.files import sha256_file
 from distill.models.checkpoints import save_model
 from distill.progress import Progress
+from export.archive import write_archive
 from export.artifact import Artifact
 from export.builders import build_target
 from export.bundle import BundleConfig, build_bundle
 from export.targets import ExportConfig, Images
+from export.verify import MANIFEST, unpack, verify
 
 IMAGES = Images(lambda n, size: pictures(32, size)[:n], lambda n, size, avoid: pictures(32, size)[:n])
 QUIET = Progress("quiet")
@@ -39,9 +44,28 @@ def photographs() -> list[Image.Image]:
     return made
 
 
-def tiny_bundle(folder: Path, artifacts: list[Artifact], config: BundleConfig | None = None) -> Path:
-    """Write `folder`/small.tar.gz."""
+def tiny_bundle(folder: Path, artifacts: list[Artifact], config: BundleConfig | None = None, **more: Any) -> Path:
+    """Write `folder`/small.tar.gz. `more`: of build_bundle."""
     settings = config or BundleConfig(golden_images=4)
     about = {"name": "demo"}
     student, out = folder / "student", folder / "small.tar.gz"
-    return build_bundle(settings, "small", about, artifacts, student, photographs(), None, {"teacher": "large"}, out, QUIET)
+    return build_bundle(
+        settings, "small", about, artifacts, student, photographs(), None, {"teacher": "large"}, out, QUIET, **more
+    )
+
+
+def remade(bundle: Path, out: Path, change: Callable[[Path], object]) -> Path:
+    """The bundle with `change(folder)` done to its files, and sizes, hashes and archive made to fit: all but golden data."""
+    folder = out.parent / f"{out.name}-files"
+    manifest = unpack(bundle, folder).manifest.model_dump()
+    change(folder)
+    for entry in manifest["files"]:
+        path = folder / entry["path"]
+        entry |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    for entry in (manifest["rebuild"] or {"files": []})["files"]:
+        entry["sha256"] = sha256_file(folder / entry["path"])
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    names = [MANIFEST, *(entry["path"] for entry in manifest["files"])]
+    write_archive(out, ((n, (folder / n).stat().st_size, iter([(folder / n).read_bytes()])) for n in names))
+    verify(out)
+    return out

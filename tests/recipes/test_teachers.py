@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.models.checkpoints import load_backbone, load_preprocess, model_info, save_tensors
+from distill.models.foreign import LoadConfig
 from distill.models.heads import DINOHead, HeadConfig
 from distill.models.names import to_official
 from distill.models.timm_backbone import TimmBackbone, TimmConfig
@@ -22,6 +23,7 @@ from distill.step import Stepper
 from recipes import cli
 from recipes.loading import load_recipe
 from recipes.schema import Recipe
+from recipes.stages import plan
 
 torch.set_num_threads(1)
 
@@ -264,6 +266,18 @@ def test_an_earlier_run_teaches_with_the_heads_it_has(here, tmp_path):
     said = here.train(wanted).err
     assert "load: starts" in said
     assert "distill: starts" in said
+
+
+def test_a_stated_licence_moves_the_bundle_and_nothing_else(tmp_path):
+    load = {"kind": "timm", "name": "test_resnet", "path": str(cnn_file(tmp_path / "cnn.safetensors"))}
+
+    def configs(**more: str) -> dict[str, Any]:
+        made = Recipe(**recipe({"load": load | more}, {"objectives": MATCH}))
+        return {stage.name: stage.config for stage in plan(made, tmp_path / "run")}
+
+    plain, stated = configs(), configs(licence="CC-BY-NC-4.0")
+    assert [name for name in plain if plain[name] != stated[name]] == ["report", "bundle"]  # the report shows the recipe's hash
+    assert LoadConfig(**load, licence=" ").problems() == ["licence must name one, or be left out"]
 
 
 def test_a_run_does_not_load_its_own_teacher(here):

@@ -189,6 +189,17 @@ def test_bundles_verify_and_test_themselves(finished):
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
+def test_bundles_hold_the_heads_that_the_evaluation_trained(finished):
+    from export.verify import verify
+
+    for student in ("a", "b"):
+        manifest = verify(finished / "bundles" / f"{student}.tar.gz").manifest
+        heads = {h.name: (h.kind, h.trained_on, h.resolution, h.expected.source) for h in manifest.heads}
+        kinds = {"main": "classification", "shapes": "segmentation", "far": "depth"}
+        assert heads == {name: (kind, "torch-fp32", 32, manifest.artifacts[0].target) for name, kind in kinds.items()}
+        assert next(h.classes for h in manifest.heads if h.name == "main")
+
+
 def test_another_recipe_and_a_foreign_folder_are_refused(finished, recipe, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(RECIPE.replace("name: tiny", "name: other"))

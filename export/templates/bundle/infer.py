@@ -3,6 +3,7 @@
 
     python infer.py photo.jpg                                     shapes and timing
     python infer.py a.jpg b.png --target onnx-int8 --out f.npz    features of both images in one file
+    python infer.py photo.jpg --head NAME                         what a head of this bundle says of it
 
 In a program:
 
@@ -14,6 +15,7 @@ Python 3.9 or newer.
 
 import argparse
 import ctypes
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -74,24 +76,41 @@ def open_model(target=None, resolution=None, threads=0):
 
 
 class Model:
-    """Paths or Pillow images in, features out. `run` takes preprocessed tensors."""
+    """Paths or Pillow images in, features out. `run` takes preprocessed tensors.
+
+    `stand_in` is "openvino" where that runs an ONNX Runtime artifact, because onnxruntime is not installed; else None.
+    """
 
     def __init__(self, artifact, file, threads=0):
-        if reason := unfit(artifact):
+        self.stand_in = stand_in(artifact, file)
+        if self.stand_in is None and (reason := unfit(artifact)):
             raise Unavailable(reason)
         self.artifact, self.file, self.max_batch = artifact, file, artifact["max_batch"]
         self.preprocessing = load("preprocess")
         settings = read_json("preprocess.json")["resolutions"][str(file["resolution"])]
         self.preprocess = self.preprocessing.Preprocess.from_json(settings)
-        runtime = artifact["runtime"]
+        runtime = self.stand_in or artifact["runtime"]
         opened = OnnxFile if runtime == "onnxruntime" else OpenVinoFile if runtime == "openvino" else EngineFile
-        self.opened = opened(HERE / file["path"], artifact, file, threads)
+        try:
+            self.opened = opened(HERE / file["path"], artifact, file, threads)
+        except Exception as e:
+            if self.stand_in is None:
+                raise
+            raise Unavailable(f"onnxruntime is not installed, and openvino cannot open the file ({first_line(e)})") from e
 
     def __call__(self, images):
         import numpy as np
 
-        loaded = [self.preprocessing.load_rgb(i) if isinstance(i, (str, Path)) else i for i in images]
-        return self.run(np.stack([self.preprocess(i) for i in loaded]))
+        return self.run(np.stack([self.preprocess(i) for i in self.loaded(images)]))
+
+    def loaded(self, images):
+        """Paths opened; what are Pillow images already stay."""
+        return [self.preprocessing.load_rgb(i) if isinstance(i, (str, Path)) else i for i in images]
+
+    @property
+    def run_by(self):
+        """ "" or, of a stand-in, a clause that says so."""
+        return f"run by {self.stand_in} instead of {self.artifact['runtime']}" if self.stand_in else ""
 
     def run(self, images):
         """[B, 3, S, S] float32 -> {"cls": [B, D], "patches": [B, N, D]} float32; batches beyond the largest are split."""
@@ -99,6 +118,19 @@ class Model:
 
         parts = [self.opened(images[i : i + self.max_batch]) for i in range(0, len(images), self.max_batch)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def stand_in(artifact, file):
+    """ "openvino" where it may run an ONNX Runtime artifact's file and has to, because onnxruntime is not installed; else None."""
+    if artifact["runtime"] != "onnxruntime" or not file["expected"].get("stand_in"):
+        return None
+    if importlib.util.find_spec("onnxruntime") is not None:
+        return None
+    try:
+        importlib.import_module("openvino")
+    except Exception:  # a runtime whose libraries do not load fails with whatever they raise
+        return None
+    return "openvino"
 
 
 def unfit(artifact):
@@ -164,7 +196,8 @@ class OpenVinoFile:
         import openvino
 
         properties = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
-        if precision := artifact["compatibility"].get("inference_precision"):
+        exact = "f32" if artifact["runtime"] == "onnxruntime" else None  # as a stand-in, in the precision of the graph
+        if precision := artifact["compatibility"].get("inference_precision") or exact:
             properties["INFERENCE_PRECISION_HINT"] = precision
         self.request = openvino.Core().compile_model(str(path), "CPU", properties).create_infer_request()
         self.input = file["inputs"][0]["name"]
@@ -275,6 +308,39 @@ class Cuda:
         self.call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
 
 
+def ask_head(name, images, target=None, resolution=None, threads=0, folder="."):
+    """What a head says of images.
+
+    Args:
+        folder: where the maps of a segmentation or depth head are written, as IMAGE-HEAD.png.
+    Returns:
+        the Model that gave the features, and a line for each image.
+    Raises:
+        Unavailable: nothing here can run it.
+        ValueError: there is no such head, or it does not read such an artifact.
+    """
+    import numpy as np
+
+    heads = load("head")
+    head = heads.find(read_json("manifest.json"), name, target, resolution)
+    run = heads.opened(HERE, head, threads)
+    if run is None:
+        raise Unavailable("a head needs onnxruntime or openvino; run: pip install onnxruntime")
+    reasons = []
+    for candidate in [target] if target else head["artifacts"]:
+        try:
+            model = open_model(candidate, head["resolution"], threads)
+            break
+        except Unavailable as e:
+            reasons.append(str(e))
+    else:
+        raise Unavailable("; ".join(reasons))
+    pictures = model.loaded(images)
+    preprocess = dataclasses.replace(model.preprocess, fit=head["fit"])
+    results = run(model.run(np.stack([preprocess(p) for p in pictures])))
+    return model, heads.answers(head, next(iter(results.values())), images, pictures, Path(folder))
+
+
 def numbers(version):
     """ "1.17.0+cu12" -> (1, 17, 0), to compare versions."""
     parts = []
@@ -289,13 +355,18 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def said(model):
+    return f" ({model.run_by})" if model.run_by else ""
+
+
 def main():
     parser = argparse.ArgumentParser(description="Features of images, by an artifact of this bundle.")
     parser.add_argument("images", nargs="+", help="image files of any kind that Pillow reads")
     parser.add_argument("--target", help="artifact, such as onnx-int8; default: the first that runs here")
     parser.add_argument("--resolution", type=int, help="side of the input in pixels; default: the artifact's first")
     parser.add_argument("--threads", type=int, default=0, help="0: the runtime decides")
-    parser.add_argument("--out", help="write cls [B, D] and patches [B, N, D] to this .npz")
+    parser.add_argument("--out", help="write cls [B, D] and patches [B, N, D] to this .npz; with --head the folder of its maps")
+    parser.add_argument("--head", help="print this head's five likeliest classes, or write its map of classes or depth")
     args = parser.parse_args()
     try:
         import numpy as np
@@ -304,6 +375,10 @@ def main():
         print(f"{e.name} is missing; run: pip install numpy pillow onnxruntime", file=sys.stderr)
         return 3
     try:
+        if args.head:
+            model, lines = ask_head(args.head, args.images, args.target, args.resolution, args.threads, args.out or ".")
+            print(f"{args.head} on {model.artifact['target']} at {model.file['resolution']} px{said(model)}", *lines, sep="\n")
+            return 0
         model = open_model(args.target, args.resolution, args.threads)
         start = time.perf_counter()
         features = model(args.images)
@@ -315,7 +390,8 @@ def main():
         print(first_line(e), file=sys.stderr)
         return 2
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in features.items())
-    print(f"{model.artifact['target']} at {model.file['resolution']} px: {shapes}, {seconds * 1000:.1f} ms with preprocessing")
+    took = f"{seconds * 1000:.1f} ms with preprocessing"
+    print(f"{model.artifact['target']} at {model.file['resolution']} px{said(model)}: {shapes}, {took}")
     if args.out:
         np.savez(args.out, **features)
         print(f"written to {args.out}")

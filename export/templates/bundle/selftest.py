@@ -4,7 +4,9 @@
     python selftest.py [--json] [--target onnx-int8] [--threads 2] [--seconds 0.5] [--engines DIR]
 
 In this order: what the machine has, the hash of every file (before any of them is imported or opened), the preprocessing of the
-golden images, then for each artifact the golden images from PNG to features against the expected ones, and a short latency.
+golden images, the heads, then for each artifact the golden images from PNG to features against the expected ones, and a short
+latency. Beside the cosine stands what a user would notice (agreement.py): whether the heads answer as expected, and of how many
+patches the nearest patch is the expected one. These inform; only cosine and max abs are held to a tolerance.
 --engines adds the engines that build_engine.py wrote to DIR.
 Exit code 0: every artifact that can run here passes. 1: something failed. 3: this machine can run none of them.
 A hash proves that the files belong to this manifest, not who wrote the manifest.
@@ -81,14 +83,21 @@ def run(args):
     results.append(result("files", "PASS", f"{len(manifest['files'])} files, every hash as listed{beside}"))
     infer = load("infer")
     results.append(guarded("preprocess", lambda: check_preprocessing(infer, manifest["golden"])))
+    heads = []
+    for head in manifest.get("heads") or []:
+        if args.target in (None, *head["artifacts"]):
+            results.append(guarded(f"head {head['name']}", lambda h=head: check_head(infer, h, manifest["artifacts"], args)))
+            heads += [head] * (results[-1]["status"] == "PASS")
     for artifact in artifacts:
-        results.append(guarded(artifact["target"], lambda a=artifact: check_artifact(infer, a, manifest["golden"], args)))
+        results.append(
+            guarded(artifact["target"], lambda a=artifact: check_artifact(infer, a, manifest["golden"], args, heads))
+        )
     engines = built_engines(manifest, args)
     for check, engine in engines:
         if isinstance(engine, str):
             results.append(result(check, "FAIL", engine))
         else:
-            results.append(guarded(check, lambda a=engine: check_artifact(infer, a, manifest["golden"], args)))
+            results.append(guarded(check, lambda a=engine: check_artifact(infer, a, manifest["golden"], args, heads)))
     if any(r["status"] == "FAIL" for r in results):
         return finish(1)
     tested = {a["target"] for a in artifacts} | {check for check, _ in engines}
@@ -154,8 +163,21 @@ def check_preprocessing(infer, golden):
     return result("preprocess", "PASS", f"{len(golden['images'])} golden images, max abs {worst:.2g}", **numbers)
 
 
-def check_artifact(infer, artifact, golden, args):
-    """One artifact at each of its resolutions: golden images, then latency."""
+def check_head(infer, head, artifacts, args):
+    """A head by itself: the expected features of an artifact through it, against the answers where the bundle was built."""
+    run = infer.load("head").opened(HERE, head, args.threads)
+    if run is None:
+        return result(f"head {head['name']}", "SKIP", "needs onnxruntime or openvino; run: pip install onnxruntime")
+    source = next(a for a in artifacts if a["target"] == head["expected"]["source"])
+    file = next(f for f in source["files"] if f["resolution"] == head["resolution"])
+    tolerance = {name: head["expected"][name] for name in ("cosine_min", "max_abs")}
+    found, problem = compare_outputs(head, run(expected_of(file)), tolerance)
+    text = problem or f"{head['kind']} at {head['resolution']} px: max abs {found['max_abs']:.2g}"
+    return result(f"head {head['name']}", "FAIL" if problem else "PASS", text, **found)
+
+
+def check_artifact(infer, artifact, golden, args, heads=()):
+    """One artifact at each of its resolutions: golden images, what stays the same of their use, then latency."""
     texts, details, failed = [], [], False
     for file in artifact["files"]:
         try:
@@ -164,6 +186,8 @@ def check_artifact(infer, artifact, golden, args):
             load_s = time.perf_counter() - start
         except infer.Unavailable as e:
             return result(artifact["target"], "SKIP", str(e))
+        if model.stand_in:  # another runtime than gave the expected outputs: other kernels
+            file = {**file, "expected": {**file["expected"], **file["expected"]["stand_in"]}}
         tensor = preprocessed(infer, golden, file["resolution"])
         found, problem = check_outputs(model, file, golden, tensor)
         if not problem and file.get("with_preprocess"):
@@ -172,13 +196,38 @@ def check_artifact(infer, artifact, golden, args):
             failed = True
             texts.append(f"{file['resolution']} px: {problem}")
         else:
-            found.update(latency(model, tensor[:1], args.seconds))
+            mine = [h for h in heads if artifact["target"] in h["artifacts"] and h["resolution"] == file["resolution"]]
+            agreement, clauses = agreements(infer, model, file, golden, mine)
+            found.update(agreement, run_by=model.stand_in or artifact["runtime"], **latency(model, tensor[:1], args.seconds))
             time_text = f", {found['latency_p50_ms']:.2f} ms (median of {found['latency_n']})" if "latency_n" in found else ""
-            texts.append(
-                f"{file['resolution']} px: cosine {found['cosine_min']:.6f}, max abs {found['max_abs']:.2g}{time_text}"
-            )
+            clauses = [f"cosine {found['cosine_min']:.6f}", f"max abs {found['max_abs']:.2g}", *clauses]
+            texts.append(f"{file['resolution']} px: {', '.join(clauses)}{time_text}")
         details.append({"resolution": file["resolution"], "load_s": load_s, **found})
-    return result(artifact["target"], "FAIL" if failed else "PASS", "; ".join(texts), files=details)
+    said = f"{model.run_by}; " if model.run_by else ""
+    return result(artifact["target"], "FAIL" if failed else "PASS", said + "; ".join(texts), files=details)
+
+
+def agreements(infer, model, file, golden, heads):
+    """What the stored tensors' features are good for, against the expected ones -> (numbers, clauses). Nothing fails by it."""
+    import numpy as np
+
+    code, stored = infer.load("agreement"), next(g for g in golden["inputs"] if g["resolution"] == file["resolution"])
+    got, expected = model.run(np.load(HERE / stored["path"], allow_pickle=False)), expected_of(file)
+    found = {"neighbour_agreement": code.neighbour_agreement(expected["patches"], got["patches"]), "heads": {}}
+    clauses = []
+    for head in heads:
+        run = infer.load("head").opened(HERE, head)
+        found["heads"][head["name"]], clause = code.head_agreement(head["kind"], run(expected), run(got))
+        clauses.append(f"{head['name']} {clause}")
+    return found, clauses or [f"nearest patches {found['neighbour_agreement']:.1%}"]
+
+
+def expected_of(file):
+    """Output -> its golden values."""
+    import numpy as np
+
+    with np.load(HERE / file["expected"]["path"], allow_pickle=False) as expected:
+        return {name: expected[name] for name in expected.files}
 
 
 def preprocessed(infer, golden, resolution):

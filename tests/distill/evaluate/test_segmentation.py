@@ -202,7 +202,7 @@ def test_a_head_survives_its_file(tmp_path):
     assert np.array_equal(patchwise(again, test_set[1][1][0]), patchwise(head, test_set[1][1][0]))
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     for name in ("bad.safetensors", "none.safetensors"):
-        with pytest.raises(UserError, match="holds no dense head"):
+        with pytest.raises(UserError, match="holds no head"):
             Head.load(tmp_path / name)
 
 
