@@ -5,8 +5,8 @@ artifacts/TARGET/     artifact.json and the artifact's files, as exported
 preprocess.{py,json}  a copy of distill/data/preprocess.py, and its settings per resolution
 heads/TASK.onnx       heads that the run's evaluations trained, if wanted (head_graph.py)
 golden/               raw images (.png), their tensors (.npy), expected outputs per artifact (.npz)
-infer.py selftest.py bench.py  a runtime sample, the self-test, the stopwatch, with head.py, agreement.py and machine.py; numpy, Pillow and a
-                      runtime are all they need
+infer.py selftest.py  a runtime sample and the self-test, with head.py and agreement.py; bench.py the stopwatch, with machine.py; numpy,
+                      Pillow and a runtime are all they need
 build_engine.py       compiles the ONNX files into engines on a device, with engine_*.py; REBUILD.md has trtexec's commands
 samples/cpp/          the same sample in C++ with OpenVINO
 report/               the run's report

@@ -1,6 +1,7 @@
 """bench.py of a bundle, by itself."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -8,17 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_bundle import tiny_artifacts, tiny_bundle
 
+from distill.files import sha256_file
 from export.bundle import BundleConfig
 from export.verify import unpack
-
-# Stands for the rebuild kit's list of engines: one file that is outside the bundle, and one that is refused.
-ENGINES = """
-def engine_artifacts(manifest, folder):
-    artifact = manifest["artifacts"][0]
-    file = dict(artifact["files"][0], path=str(folder / "model.engine"))
-    yield "engines/a", dict(artifact, target="engines/a", files=[file])
-    yield "engines/b", "it is not the file that engines.json names"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +49,50 @@ def test_batches_and_openings(bundle):
 
 
 def test_engines_that_were_built_here(bundle, tmp_path):
+    """As build_engine.py leaves them, but that the "engine" is an ONNX file, which runs without a GPU."""
     code, report = bench(bundle, "--openings", "1", "--engines", str(tmp_path))
     assert code == 1
-    assert "no build_engine.py" in next(r["reason"] for r in report["rows"] if r["target"] == "engines")
-    engine = bundle / "artifacts" / "onnx-fp32" / "model_32.onnx"
-    (tmp_path / "model.engine").write_bytes(engine.read_bytes())
-    kit = bundle / "engine_files.py"
-    kit.write_text(ENGINES)
-    try:
-        code, report = bench(bundle, "--openings", "1", "--engines", str(tmp_path))
-    finally:
-        kit.unlink()
+    assert "run build_engine.py first" in next(r["reason"] for r in report["rows"] if r["target"] == "engines")
+    onnx = bundle / "artifacts" / "onnx-fp32" / "model_32.onnx"
+    (tmp_path / "good.engine").write_bytes(onnx.read_bytes())
+    (tmp_path / "changed.engine").write_bytes(b"another content")
+    entry = {
+        "target": "onnx-fp32",
+        "onnx": "artifacts/onnx-fp32/model_32.onnx",
+        "onnx_sha256": sha256_file(onnx),
+        "sha256": sha256_file(onnx),
+        "bytes": onnx.stat().st_size,
+        "runtime": "onnxruntime",
+        "versions": {},
+        "compute_capabilities": [],
+        "system": platform.system().lower(),
+        "machine": platform.machine().lower(),
+    }
+    engines = [{**entry, "path": name} for name in ("good.engine", "changed.engine")]
+    (tmp_path / "engines.json").write_text(json.dumps({"format": "decant-engines-1", "engines": engines}))
+    code, report = bench(bundle, "--openings", "1", "--engines", str(tmp_path))
     assert code == 1  # for the one that is refused
-    (built,) = (r for r in report["rows"] if r["target"] == "engines/a" and r["metric"] == "latency_p50_ms")
+    (built,) = (r for r in report["rows"] if r["target"] == "engines/good.engine" and r["metric"] == "latency_p50_ms")
     assert (built["status"], built["conditions"]["built_on_device"]) == ("measured", True)
     assert str(tmp_path) not in json.dumps(report)
-    assert "not the file" in next(r["reason"] for r in report["rows"] if r["target"] == "engines/b")
+    assert "not the file" in next(r["reason"] for r in report["rows"] if r["target"] == "engines/changed.engine")
 
 
 def test_what_cannot_run(bundle):
     code, report = bench(bundle, "--target", "onnx-int4")
     assert code == 1
     assert "there is no artifact onnx-int4" in report["rows"][0]["reason"]
+
+
+def test_a_stand_in_is_named(bundle, bare):
+    """Where OpenVINO runs ONNX Runtime's file, its latency is not ONNX Runtime's."""
+    pytest.importorskip("openvino")
+    done = bare(
+        bundle / "bench.py",
+        *("--json", "--seconds", "0.02", "--rounds", "1", "--openings", "1"),
+        packages=("numpy", "PIL", "openvino"),
+    )
+    rows = [r for r in json.loads(done.stdout)["rows"] if r["metric"] == "latency_p50_ms"]
+    assert {(r["status"], r["conditions"]["runtime"], r["conditions"]["stands_in_for"]) for r in rows} == {
+        ("measured", "openvino", "onnxruntime")
+    }

@@ -79,14 +79,16 @@ class Case:
 
     def __init__(self, artifact, file, opened, png, batches):
         self.artifact, self.file, self.opened, self.png, self.times = artifact, file, opened, png, {}
+        self.run_by = artifact["runtime"]  # once it was opened: what ran it, perhaps a stand-in for that
         self.batches = [b for b in batches if b <= artifact["max_batch"]]
 
     def conditions(self):
-        runtime = self.artifact["runtime"]
+        runtime = self.run_by
         return {
             "resolution": self.file["resolution"],
             "runtime": runtime,
             "runtime_version": load("machine").version(runtime),
+            "stands_in_for": None if runtime == self.artifact["runtime"] else self.artifact["runtime"],
             "device": "cpu" if runtime in ("onnxruntime", "openvino") else "gpu",
             "path": None if Path(self.file["path"]).is_absolute() else self.file["path"],
             "built_on_device": Path(self.file["path"]).is_absolute() or None,
@@ -149,6 +151,8 @@ def alone(infer, cases, rows):
         try:
             model = case.opened()
             load_s = time.perf_counter() - start
+            case.run_by = model.stand_in or case.artifact["runtime"]
+            conditions = case.conditions()
             call = case.calls(model)["tensor", 1] if 1 in case.batches else None
             if call:
                 call()
