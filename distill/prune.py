@@ -4,9 +4,9 @@
 
 All kinds of units stand in one list: at every turn the one goes whose removal loses least importance for each MAC, or for each
 millisecond, that it saves. What cost means is a function of the widths: multiply-adds, or a table of latencies measured on the runtime
-that will serve the model (export/block_latency.py). The layers that read what is cut are fitted again, by least squares on training
-images, to what is left, and norms over fewer channels are rescaled to keep their output's size: at 0.75 of the MACs of a trained ViT-S/14
-the features keep a cosine of 0.93 before any recovery, and of 0.4 without it.
+that will serve the model (export/stopwatch/block_latency.py). The layers that read what is cut are fitted again, by least squares on
+training images, to what is left, and norms over fewer channels are rescaled to keep their output's size: at 0.75 of the MACs of a trained
+ViT-S/14 the features keep a cosine of 0.93 before any recovery, and of 0.4 without it.
 
 The result is a new network with its widths in its config (`BackboneConfig.blocks`), never a pickled one.
 

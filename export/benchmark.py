@@ -20,11 +20,12 @@ from distill.config import Config
 from distill.data.preprocess import Preprocess
 from distill.progress import Progress, Task
 from distill.rows import Row
-from export import timing
 from export.artifact import Unrunnable
-from export.bench_case import MEASURES, Case, Timed, pictures
-from export.bench_meters import REAL, Instruments, Meters, note_state
-from export.bench_rows import (
+from export.fingerprint import usable_threads
+from export.stopwatch import timing
+from export.stopwatch.bench_case import MEASURES, Case, Timed, pictures
+from export.stopwatch.bench_meters import REAL, Instruments, Meters, note_state
+from export.stopwatch.bench_rows import (
     PERCENTILE_99_NEEDS,
     Base,
     Twins,
@@ -34,9 +35,8 @@ from export.bench_rows import (
     memory_row,
     timing_rows,
 )
-from export.fingerprint import usable_threads
-from export.gpu_state import State
-from export.timing import Clock, Runnable
+from export.stopwatch.gpu_state import State
+from export.stopwatch.timing import Clock, Runnable
 
 __all__ = ["MEASURES", "PERCENTILE_99_NEEDS", "BenchmarkConfig", "Case", "Timed", "benchmark", "pictures", "time_batch"]
 

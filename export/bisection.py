@@ -19,9 +19,9 @@ from distill.models.kinds import AnyBackbone
 from export.artifact import Artifact, Unrunnable
 from export.engine import one_line
 from export.graph import torch_graph
+from export.graphs.typed import retype
 from export.probes import EngineProbe, OnnxProbe, OpenVinoProbe, Probe, TorchProbe
 from export.runtimes import why_unrunnable
-from export.typed import retype
 
 BATCH, IMAGES = 4, 8
 LARGE = 0.25

@@ -20,21 +20,21 @@ from distill.models.kinds import AnyBackbone
 from distill.progress import Progress
 from distill.sparsity import block_linears, is_2_4
 from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile, TensorSpec
-from export.budgeted import search_kept
-from export.calibrate import calibrate
-from export.calibration import Calibration
 from export.engine import build_engine, load_runtime
 from export.engine_config import EngineConfig
 from export.graph import INPUT, OPSET, OUTPUTS, export_onnx, load_graph, serialize, type_counts
+from export.graphs.openvino_graph import for_openvino
+from export.graphs.split_qkv import split_qkv
 from export.half import fit_half
 from export.lint import lint
-from export.openvino_graph import for_openvino
-from export.others import OTHERS
-from export.plan import plan_graph
 from export.proof import prove, refuse
 from export.quantize import QuantizeConfig, quantize
+from export.quantizing.budgeted import search_kept
+from export.quantizing.calibrate import calibrate
+from export.quantizing.calibration import Calibration
+from export.quantizing.others import OTHERS
+from export.quantizing.plan import plan_graph
 from export.runtimes import load_openvino, why_unrunnable
-from export.split_qkv import split_qkv
 from export.targets import PLAN, ExportConfig, Images, Job, Target, at_resolution
 
 CALIBRATION, QUANTIZATION = "calibration_{}.json", "quantization.json"

@@ -37,22 +37,22 @@ from distill.files import replacing, sha256_file
 from distill.models.checkpoints import model_info
 from distill.progress import Progress
 from distill.rows import Row
-from export import golden
-from export.archive import CHUNK, bad_name, write_archive
 from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile
-from export.bundle_config import BundleConfig
-from export.bundle_golden import Vectors, add_golden
-from export.bundle_heads import add_heads, choose_heads
-from export.dsse import SIGNATURE
-from export.keys import PrivateKey, PublicKey
-from export.model_card import model_card
-from export.nodes import load_graph, serialize
-from export.preprocess_graph import PIXELS, SUFFIX, with_preprocess
-from export.rebuild import kit, rebuild
-from export.sbom import sbom
-from export.signing import LINEAGE, first_envelope
+from export.bundling import golden
+from export.bundling.archive import CHUNK, bad_name, write_archive
+from export.bundling.bundle_config import BundleConfig
+from export.bundling.bundle_golden import Vectors, add_golden
+from export.bundling.bundle_heads import add_heads, choose_heads
+from export.bundling.dsse import SIGNATURE
+from export.bundling.keys import PrivateKey, PublicKey
+from export.bundling.model_card import model_card
+from export.bundling.rebuild import kit, rebuild
+from export.bundling.sbom import sbom
+from export.bundling.signing import LINEAGE, first_envelope
+from export.bundling.verify import ANYONE, FORMAT, MANIFEST, Trust, verify
+from export.graphs.nodes import load_graph, serialize
+from export.graphs.preprocess_graph import PIXELS, SUFFIX, with_preprocess
 from export.targets import SPECS, ExportConfig
-from export.verify import ANYONE, FORMAT, MANIFEST, Trust, verify
 
 TEMPLATES = Path(__file__).parent / "templates" / "bundle"
 COPIED = (

@@ -16,12 +16,12 @@ from onnx import ModelProto
 
 from distill.errors import DecantError, EnvironmentFailed, GateFailed, UserError
 from distill.files import write_bytes
-from export.anatomy import Anatomy
 from export.artifact import Precision
-from export.attention_blocks import attention_blocks
 from export.engine_config import EngineConfig, apply_config, attach_timing_cache, save_timing_cache
 from export.engine_proof import inspector_json, prove_engine, prove_plan
 from export.graph import INPUT, load_graph, serialize, type_counts, verify_precision
+from export.graphs.anatomy import Anatomy
+from export.graphs.attention_blocks import attention_blocks
 from export.proof import QUANTIZED_CLAIMS, Proof, prove, refuse
 
 EngineRuntime = Literal["tensorrt_rtx", "tensorrt"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill.errors import UserError
-from export.attention_blocks import AttentionBlock
+from export.graphs.attention_blocks import AttentionBlock
 from export.proof import Proof, with_products
 
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")

@@ -21,7 +21,7 @@ from distill.files import write_bytes
 from distill.models.kinds import AnyBackbone
 from distill.models.timm_backbone import TimmBackbone
 from distill.quiet import quiet
-from export.nodes import (
+from export.graphs.nodes import (
     INPUT,
     LINEAR_OPS,
     OUTPUTS,
@@ -38,7 +38,7 @@ from export.nodes import (
     type_counts,
     verify_precision,
 )
-from export.typed import retype
+from export.graphs.typed import retype
 
 __all__ = [
     "INPUT",

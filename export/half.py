@@ -27,9 +27,9 @@ from distill.files import write_bytes
 from distill.models.kinds import AnyBackbone
 from export.bisection import least_cosine
 from export.graph import torch_graph
-from export.nodes import OUTPUTS, constants, serialize
+from export.graphs.nodes import OUTPUTS, constants, serialize
+from export.graphs.typed import STREAM, block_of, layer_nodes, retype, retyped
 from export.probes import OnnxProbe, layer_outputs, residual_stream
-from export.typed import STREAM, block_of, layer_nodes, retype, retyped
 
 PROBE, JOIN, BATCH = 16, 4, 4
 LARGEST = {"fp16": 65504.0, "bf16": float(torch.finfo(torch.bfloat16).max)}

@@ -1,7 +1,7 @@
 """`decant lint`: what in an ONNX file, ours or foreign, TensorRT refuses, runs slowly or computes wrongly, with the reason and the cure.
 
-The rules are in `export/lint_quantization.py`, `lint_precision.py` and `lint_structure.py`, each a function of an `Anatomy` that yields the
-places where it does not hold. Nothing of the file is executed.
+The rules are in `export/linting/` (`lint_quantization.py`, `lint_precision.py`, `lint_structure.py`), each a function of an `Anatomy` that
+yields the places where it does not hold. Nothing of the file is executed.
 """
 
 import re
@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 
 from onnx import ModelProto
 
-from export import lint_precision, lint_quantization, lint_structure
-from export.anatomy import Anatomy, read_model
 from export.artifact import Precision
-from export.lint_rules import Case, Rule, Severity
+from export.graphs.anatomy import Anatomy, read_model
+from export.linting import lint_precision, lint_quantization, lint_structure
+from export.linting.lint_rules import Case, Rule, Severity
 
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 Reader = Literal["tensorrt", "onnxruntime", "openvino"]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from distill.models.kinds import AnyBackbone
 from export.artifact import Artifact
-from export.nodes import INPUT, OUTPUTS, constants, element_types, serialize
-from export.rounded import rounded
+from export.graphs.nodes import INPUT, OUTPUTS, constants, element_types, serialize
+from export.graphs.rounded import rounded
+from export.graphs.typed import layer_nodes
 from export.sessions import exact_session
-from export.typed import layer_nodes
 
 STREAM = re.compile(r"(net\.)?blocks\.\d+")
 Norm = tuple[np.ndarray | None, np.ndarray | None]

@@ -15,9 +15,9 @@ from typing import Any, Literal
 from onnx import ModelProto, NodeProto
 
 from distill.errors import GateFailed
-from export.anatomy import DEQUANTIZE, FLOATS, Anatomy, label
 from export.artifact import Precision
-from export.attention_blocks import FUSED_OPS, attention_blocks
+from export.graphs.anatomy import DEQUANTIZE, FLOATS, Anatomy, label
+from export.graphs.attention_blocks import FUSED_OPS, attention_blocks
 
 CLAIMS: dict[Precision, str] = {
     "fp32": "FLOAT",

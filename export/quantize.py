@@ -15,15 +15,15 @@ import onnx
 from onnx import ModelProto
 
 from distill.errors import UserError
-from export.calibrate import calibrate
-from export.calibration import Calibration, LayerCalibration, check_precision
-from export.histogram import Histogram
-from export.nodes import element_types
-from export.plan import PlanEntry, lift_constants, plan_graph
-from export.qdq import insert
-from export.quantize_config import QuantizeConfig
+from export.graphs.nodes import element_types
+from export.graphs.stored_half import store_half
+from export.quantizing.calibrate import calibrate
+from export.quantizing.calibration import Calibration, LayerCalibration, check_precision
+from export.quantizing.histogram import Histogram
+from export.quantizing.plan import PlanEntry, lift_constants, plan_graph
+from export.quantizing.qdq import insert
+from export.quantizing.quantize_config import QuantizeConfig
 from export.sessions import quiet_options
-from export.stored_half import store_half
 
 __all__ = [
     "Calibration",

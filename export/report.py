@@ -16,17 +16,17 @@ from pydantic import Field
 from distill.config import Config
 from distill.files import read_json, write_bytes, write_json, write_text
 from distill.rows import Row
-from export import compression_report, device_report, tables
-from export.advice import presets
-from export.candidates import candidates_of
 from export.fingerprint import fingerprint as fingerprint_now
-from export.page import render
-from export.panels import Panel
-from export.report_schema import SCHEMA, VERSION
-from export.reproduce import families, whole_run
-from export.summary import summary
-from export.tables import Book, console_table, headline_table
-from export.trackers import Tracker
+from export.reporting import compression_report, device_report, tables
+from export.reporting.advice import presets
+from export.reporting.candidates import candidates_of
+from export.reporting.page import render
+from export.reporting.panels import Panel
+from export.reporting.report_schema import SCHEMA, VERSION
+from export.reporting.reproduce import families, whole_run
+from export.reporting.summary import summary
+from export.reporting.tables import Book, console_table, headline_table
+from export.reporting.trackers import Tracker
 
 __all__ = ["ReportConfig", "console_table", "headline_table", "write_report"]
 
@@ -52,7 +52,7 @@ class ReportConfig(Config):
     Attributes:
         title: heading of the page; the recipe's name without one.
         accuracy: which accuracy stands in the plot and in the table of artifacts.
-        trackers: where else rows and training curves go: `tensorboard`, `mlflow`, `trackio` (export/trackers.py), if installed.
+        trackers: where else rows and training curves go: `tensorboard`, `mlflow`, `trackio` (export/reporting/trackers.py), if installed.
     """
 
     title: str | None = None
@@ -83,7 +83,7 @@ def write_report(
         run_folder: its recipe.yaml, run.json, the models' train.jsonl and the stages' done.json are read, if they exist.
         rows: all of the run.
         strip: PNG of `pictures.pca_strip`.
-        pictures: more pictures for the page, of `export/panels.py` or of your own; their names are unique.
+        pictures: more pictures for the page, of `export/reporting/panels.py` or of your own; their names are unique.
         fingerprint: of the machine that measured; without it RUN/benchmark/fingerprint.json, and without that this machine's.
         commands: what reproduces the run; without them, the general ones.
         models, stages: subjects and stages that belong to the recipe; None: all that lie in the folder, where an earlier recipe's may too.

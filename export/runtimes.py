@@ -13,7 +13,7 @@ from distill.encoder import Encoder, Features
 from distill.errors import EnvironmentFailed, UserError
 from export.artifact import Artifact, ArtifactFile, Unrunnable, read_artifact
 from export.engine import collecting_log, gpu_capability, load_runtime, one_line
-from export.nodes import INPUT, OUTPUTS
+from export.graphs.nodes import INPUT, OUTPUTS
 from export.sessions import exact_session, usual_session
 
 __all__ = [

@@ -136,7 +136,7 @@ class Images:
         training: (number, resolution) -> preprocessed training images [n, 3, resolution, resolution], always the same.
         held_out: (number, resolution, number of those that calibrate) -> training images that are none of those.
         accuracy: resolution, full-precision encoder, its hash, folder for features, progress -> what measures the points that an artifact
-            loses (export/budget_measures.py); None where the recipe has no labels.
+            loses (export/quantizing/budget_measures.py); None where the recipe has no labels.
     """
 
     training: Callable[[int, int], Tensor]

@@ -13,9 +13,9 @@ from distill.files import write_json, write_text
 from distill.progress import Progress
 from distill.rows import Row, not_measured
 from export.artifact import NAME
-from export.bench_files import GRAPH_RUNTIMES, NO_BUILD, Wanted, cases_of
 from export.benchmark import BenchmarkConfig, benchmark
 from export.fingerprint import fingerprint
+from export.stopwatch.bench_files import GRAPH_RUNTIMES, NO_BUILD, Wanted, cases_of
 
 FORMAT = "decant-bench-1"
 BUSY = 0.2  # processors: more than this taken by others deserves a sentence

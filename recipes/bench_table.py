@@ -6,8 +6,8 @@ from rich import box
 from rich.table import Table
 
 from distill.rows import Row
-from export.device_report import device_lines
-from export.labels import METRICS
+from export.reporting.device_report import device_lines
+from export.reporting.labels import METRICS
 
 VERDICTS = {"FASTER": "[green]FASTER[/]", "SLOWER": "[red]SLOWER[/]", "INCONCLUSIVE": "INCONCLUSIVE"}
 NOTHING = "not measured"

@@ -272,7 +272,7 @@ def selftest(bundle: Bundle, key: Keys = [], require_signature: RequireSignature
     """Verify a bundle, then run its models on its golden images and compare. It runs code of the bundle: --key says whose it must be."""
     with sentences():
         from distill.progress import Progress
-        from export.selftest import selftest as test_bundle
+        from export.bundling.selftest import selftest as test_bundle
         from recipes.signing import trust_in
 
         test_bundle(bundle, Progress("plain", stream=sys.stdout), trust=trust_in(key, require_signature))
@@ -398,7 +398,7 @@ def schema(
         import json
 
         if report:
-            from export.report_schema import json_schema
+            from export.reporting.report_schema import json_schema
 
             typer.echo(json.dumps(json_schema(), indent=2))
             return

@@ -10,8 +10,8 @@ from distill.errors import GateFailed, UserError
 from distill.files import write_text
 from export.compare import Comparison, read_side, settings_changed
 from export.compare import compare as differences
-from export.compare_gates import Gate, Judged, judge
-from export.compare_report import change_table, junit, markdown, summary_line
+from export.reporting.compare_gates import Gate, Judged, judge
+from export.reporting.compare_report import change_table, junit, markdown, summary_line
 
 
 def compare(

@@ -196,7 +196,7 @@ def cost_of(config: PrunedConfig, start: BackboneConfig, size: int, folder: Path
     """What a network costs: multiply-adds, or the milliseconds that a table of block latencies says."""
     if config.latency_ms is None:
         return macs
-    from export.block_latency import LatencyTable, grid_of
+    from export.stopwatch.block_latency import LatencyTable, grid_of
 
     grid = grid_of(start, config.least, config.round_to)
     table = LatencyTable(start, size, folder / "latencies.json", config.runtime, threads=config.threads, grid=grid)
@@ -262,8 +262,8 @@ def qad(r: Recipe, data: Data, run: Path, name: str) -> Work:
 
 def input_scales(r: Recipe, data: Data, student: HeadedBackbone, weights: str) -> dict[str, float | None]:
     """The scale of each quantized layer's input, from the calibration that an export of this student would make."""
-    from export.calibrate import calibrate
     from export.graph import export_onnx
+    from export.quantizing.calibrate import calibrate
 
     settings = r.export.quantize.plain()
     with tempfile.TemporaryDirectory() as folder:

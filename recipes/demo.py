@@ -7,13 +7,13 @@ from pathlib import Path
 import typer
 
 from distill.errors import UserError
+from export.bundling.verify import unpack
 from export.demo import views
 from export.demo.heads import DenseHead, load_head
 from export.demo.index import files_of
 from export.demo.page import Room, build_page
 from export.demo.server import load_gradio, serve
 from export.demo.sources import Found, Models, find, joined
-from export.verify import unpack
 
 
 def show(

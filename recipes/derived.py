@@ -51,7 +51,7 @@ class PrunedConfig(PruneConfig):
     Attributes:
         of: the student, or pruned model, that it is cut from.
         recovery: the distillation that follows the cuts, shared out over `steps`; null: none.
-        runtime, threads: where `latency_ms` is measured (export/block_latency.py).
+        runtime, threads: where `latency_ms` is measured (export/stopwatch/block_latency.py).
         control: also distil the same small network from fresh weights, on as many images as its ancestor and it have seen.
     """
 

@@ -11,13 +11,13 @@ from distill.errors import EnvironmentFailed, GateFailed, UserError
 from distill.files import sha256_file
 from distill.progress import Progress
 from distill.rows import read_rows
-from export.archive import shown
+from export.bundling.archive import shown
+from export.bundling.verify import Trust, verify
 from export.devices.address import parse_address
 from export.devices.config import DeviceConfig
 from export.devices.fleet import Job, Outcome, ask_all, run_fleet
 from export.devices.ssh import Ssh
-from export.labels import SHIPPED
-from export.verify import Trust, verify
+from export.reporting.labels import SHIPPED
 from recipes.loading import Draft
 
 FORMAT = "decant-devices-1"

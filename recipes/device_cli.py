@@ -54,7 +54,7 @@ def run(
     the devices: --key says whose it must be. Exit code 1 when a device fails a check, 3 when one cannot be reached.
     """
     with sentences():
-        from export.device_report import FOLDER
+        from export.reporting.device_report import FOLDER
         from recipes.device import devices_of, subject_in
         from recipes.device import run as run_on
         from recipes.signing import trust_in

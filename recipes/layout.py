@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.layouts import layout as write_layout
+from export.bundling.layouts import layout as write_layout
 from recipes.signing import trust_in
 
 

@@ -36,7 +36,7 @@ def show(findings: dict[Path, list[Finding]], as_json: bool, sarif: Path | None)
     if as_json and sarif == Path("-"):
         raise UserError("--json and --sarif - both print to the standard output; give --sarif a file.")
     if sarif is not None:
-        from export.sarif import sarif as to_sarif
+        from export.linting.sarif import sarif as to_sarif
 
         log = to_sarif(findings)
         if sarif == Path("-"):
@@ -53,7 +53,7 @@ def show(findings: dict[Path, list[Finding]], as_json: bool, sarif: Path | None)
         return
     from rich.console import Console
 
-    from export.lint_table import findings_table
+    from export.linting.lint_table import findings_table
 
     console = Console(file=sys.stdout)
     for path, found in findings.items():

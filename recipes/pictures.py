@@ -20,8 +20,8 @@ from distill.evaluate.store import FeatureStore
 from distill.evaluate.task import Unfit
 from distill.progress import Progress
 from export.artifact import Unrunnable
-from export.labels import label_of, precision_of
-from export.panels import Panel, depth_panel, retrieval_panel, segmentation_panel
+from export.reporting.labels import label_of, precision_of
+from export.reporting.panels import Panel, depth_panel, retrieval_panel, segmentation_panel
 from recipes.data import Data
 from recipes.schema import Recipe
 

@@ -74,7 +74,7 @@ def heldout_accuracy(r: Recipe, data: Data) -> Callable[..., Any] | None:
         return None
 
     def loss(size: int, reference: Encoder, sha256: str, folder: Path, progress: Progress) -> Any:
-        from export.budget_measures import GalleryLoss
+        from export.quantizing.budget_measures import GalleryLoss
 
         preprocess = at_resolution(r.input.preprocess(), size)
         return GalleryLoss(budget, r.evaluate, data.gallery, preprocess, reference, progress, sha256, folder)
@@ -285,10 +285,10 @@ def benchmark(r: Recipe, run: Path) -> Work:
 def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         from export.artifact import Unrunnable
-        from export.labels import label_of
-        from export.pictures import BATCH, pca_strip
         from export.report import training_curves, write_report
-        from export.trackers import send
+        from export.reporting.labels import label_of
+        from export.reporting.pictures import BATCH, pca_strip
+        from export.reporting.trackers import send
         from recipes.pictures import beside, panels
 
         rows = read_rows(run / "rows.jsonl")
@@ -317,8 +317,8 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         from distill.evaluate.kept_heads import kept_heads
         from export.bundle import build_bundle
+        from export.bundling.origin import teacher_origin
         from export.fingerprint import code
-        from export.origin import teacher_origin
 
         rows = read_rows(run / "rows.jsonl")
         load, fitted = r.teacher.load, r.teacher.fit_heads is not None

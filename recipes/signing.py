@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.errors import UserError
-from export.keys import PASSPHRASE, from_environment, make_keys, read_private, read_public
-from export.signing import sign_bundle
-from export.verify import Trust
-from export.verify import verify as check_bundle
+from export.bundling.keys import PASSPHRASE, from_environment, make_keys, read_private, read_public
+from export.bundling.signing import sign_bundle
+from export.bundling.verify import Trust
+from export.bundling.verify import verify as check_bundle
 
 
 def keygen(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from distill.errors import UserError
 from distill.files import sha256_file, sha256_json
 from distill.models.foreign import LoadConfig, files_of
-from export import device_report
+from export.reporting import device_report
 from export.targets import SPECS, Target, prerequisites
 from recipes import shipping, work
 from recipes.data import Data

@@ -6,8 +6,8 @@ import random
 import struct
 import zlib
 
-from export.archive import GZIP, tar_header
-from export.verify import MANIFEST, REQUIRED
+from export.bundling.archive import GZIP, tar_header
+from export.bundling.verify import MANIFEST, REQUIRED
 
 WEIGHTS = "artifacts/onnx-fp32/model_8.onnx"
 

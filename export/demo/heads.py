@@ -1,8 +1,8 @@
 """Trained heads for segmentation and depth, read and applied without torch (DINOv2, sections 7.4 and 7.5).
 
 A `.safetensors` file is one of `distill.evaluate.dense_head.Head`; `predict` gives what its `predict` gives. An `.onnx` file is one of
-`export/head_graph.py`, or any that takes patches [1, N, D] and gives logits [1, N, K] and whose metadata `head` is JSON with `kind`; it may
-have `values` [K] and `names`.
+`export/bundling/head_graph.py`, or any that takes patches [1, N, D] and gives logits [1, N, K] and whose metadata `head` is JSON with
+`kind`; it may have `values` [K] and `names`.
 
 Shape legend: N patches, D width, F inputs of the head (D, or 2 D with the CLS vector after the patch), K outputs, h w patch grid, S side.
 """

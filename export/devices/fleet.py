@@ -18,12 +18,12 @@ from typing import Any
 from distill.files import write_json
 from distill.progress import Progress
 from distill.rows import Row, write_rows
-from export.archive import shown
+from export.bundling.archive import shown
+from export.bundling.verify import VerifyResult
 from export.devices.config import DeviceConfig
 from export.devices.rows import lost_row, rows_home
 from export.devices.ssh import DeviceFailed, Lost, Ssh, Stopped, Unreachable, sockets
 from export.devices.transfer import copy
-from export.verify import VerifyResult
 
 TRIES = 4  # of one step, when the connection is lost
 BACKOFF_S = 2.0

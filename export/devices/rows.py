@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from distill.files import sha256_json
 from distill.rows import Row, not_measured
-from export.archive import shown
+from export.bundling.archive import shown
 
 MOST_ROWS = 5_000
 Json = dict[str, Any]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from export.archive import shown
+from export.bundling.archive import shown
 from export.devices.address import Address
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"

@@ -24,11 +24,11 @@ from distill.progress import Progress
 from distill.rows import Row, write_rows
 from export.artifact import NAME, Artifact, Unrunnable, read_artifact
 from export.benchmark import BenchmarkConfig, Case, benchmark
-from export.budget_config import BudgetConfig
 from export.builders import build_target
 from export.fingerprint import fingerprint
 from export.parity import artifact_parity
 from export.quantize import QuantizeConfig
+from export.quantizing.budget_config import BudgetConfig
 from export.runtimes import OpenVinoEncoder, open_artifact
 from export.targets import ExportConfig, Images, at_resolution, in_order, prerequisites
 

@@ -6,7 +6,7 @@ import math
 from distill.files import write_json
 from distill.progress import Progress
 from distill.rows import Row, not_measured
-from export.budget import BudgetConfig, Ledger, search, sensitivity
+from export.quantizing.budget import BudgetConfig, Ledger, search, sensitivity
 
 N, DEPTH, SIZE = 5000, 12, 224
 NO_GPU = "no CUDA GPU on this machine; the engine is compiled for SM 8.6, 8.9"
@@ -98,7 +98,7 @@ def rows():
 
 
 def plan(kept, decision="int8"):
-    """As export/plan.py writes one."""
+    """As export/quantizing/plan.py writes one."""
     entries = [entry("patch_embed.proj", "Conv", "keep", "often the most sensitive layer", 115.0)]
     for i in range(DEPTH):
         for place, mflops in PLACES.items():

@@ -83,7 +83,7 @@ def kit_archive(kit_run) -> Path:
 @pytest.fixture(scope="session")
 def kit_unpacked(kit_archive, tmp_path_factory) -> Path:
     """Their bundle's folder, to look at."""
-    from export.verify import unpack
+    from export.bundling.verify import unpack
 
     folder = tmp_path_factory.mktemp("unpacked") / "bundle"
     unpack(kit_archive, folder)

@@ -9,8 +9,8 @@ from typing import Any
 
 from onnx import ModelProto
 
-from export.anatomy import Anatomy
-from export.attention_blocks import attention_blocks
+from export.graphs.anatomy import Anatomy
+from export.graphs.attention_blocks import attention_blocks
 from export.proof import prove
 
 COMMON = (

@@ -8,9 +8,9 @@ from pathlib import Path
 from tiny_bundle import QUIET, photographs
 
 from export.bundle import BundleConfig, build_bundle
+from export.bundling.verify import unpack
 from export.engine_config import BatchProfile, EngineConfig
 from export.targets import ExportConfig
-from export.verify import unpack
 
 EVERYTHING = EngineConfig(
     profiles=[BatchProfile(min_batch=1, opt_batch=1, max_batch=2)],

@@ -9,8 +9,8 @@ import pytest
 from tiny_bundle import tiny_artifacts, tiny_bundle
 
 from export.bundle import BundleConfig
-from export.golden import SAME, SOURCE
-from export.verify import unpack
+from export.bundling.golden import SAME, SOURCE
+from export.bundling.verify import unpack
 
 pytestmark = pytest.mark.slow
 ONNX, OPENVINO = ["onnx-fp32", "onnx-int8"], ["openvino-fp32"]

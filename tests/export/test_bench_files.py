@@ -12,9 +12,9 @@ from distill.data.preprocess import Preprocess
 from distill.errors import UserError
 from distill.models.checkpoints import save_model
 from export.artifact import Unrunnable
-from export.bench_files import Wanted, cases_of, distinct
-from export.bench_graphs import engine_runtime
-from export.bench_ports import Port, feed, only_batch, resolution_of
+from export.stopwatch.bench_files import Wanted, cases_of, distinct
+from export.stopwatch.bench_graphs import engine_runtime
+from export.stopwatch.bench_ports import Port, feed, only_batch, resolution_of
 
 F, U8, I64, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT64, TensorProto.BOOL
 
@@ -179,7 +179,7 @@ def test_a_bundle_that_does_not_verify(tmp_path):
 
 
 def test_an_engine_without_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr("export.bench_graphs.gpu_capability", lambda: None)
+    monkeypatch.setattr("export.stopwatch.bench_graphs.gpu_capability", lambda: None)
     (tmp_path / "m.engine").write_bytes(b"vtrt\0\0\0\0plan")
     case = one(tmp_path / "m.engine")
     assert (case.target, case.size_bytes) == ("tensorrt_rtx", 12)

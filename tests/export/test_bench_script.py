@@ -11,7 +11,7 @@ from tiny_bundle import tiny_artifacts, tiny_bundle
 
 from distill.files import sha256_file
 from export.bundle import BundleConfig
-from export.verify import unpack
+from export.bundling.verify import unpack
 
 
 @pytest.fixture(scope="module")

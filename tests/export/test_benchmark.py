@@ -17,11 +17,11 @@ from distill.encoder import Features, TorchEncoder
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.progress import Progress
 from distill.rows import read_rows, write_rows
-from export import timing
 from export.artifact import Unrunnable
-from export.bench_rows import comparison_rows
 from export.benchmark import BenchmarkConfig, Case, Timed, benchmark
 from export.fingerprint import fingerprint
+from export.stopwatch import timing
+from export.stopwatch.bench_rows import comparison_rows
 
 QUIET = Progress("quiet")
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from distill.models.backbone import Backbone
 from export.bisection import Guilty, Unbisectable, explain, first_guilty, least_cosine
 from export.graph import torch_graph
-from export.nodes import constants, element_types, serialize
+from export.graphs.nodes import constants, element_types, serialize
+from export.graphs.typed import retype
 from export.probes import OnnxProbe, OpenVinoProbe, TorchProbe, residual_stream, tapped
-from export.typed import retype
 
 DEPTH, SIZE, GATE = 8, 32, 0.99
 

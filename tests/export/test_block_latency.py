@@ -12,8 +12,8 @@ from tiny import TINY, pictures
 
 from distill.errors import UserError
 from distill.models.backbone import Backbone, BackboneConfig, BlockWidths
-from export.block_latency import Grid, LatencyTable, Point, grid_of
 from export.graph import INPUT, export_onnx, linear_nodes, load_graph, serialize, torch_graph
+from export.stopwatch.block_latency import Grid, LatencyTable, Point, grid_of
 
 torch.set_num_threads(1)
 

@@ -17,8 +17,8 @@ from distill.evaluate import knn
 from distill.evaluate.suite import EvaluateConfig
 from distill.progress import Progress
 from export.benchmark import BenchmarkConfig
-from export.budget import BudgetConfig, Ledger, Sensitivity, ranked, search, sensitivity
-from export.budget_measures import Candidate, GalleryLoss, Measures, add_latency, leave_one_out
+from export.quantizing.budget import BudgetConfig, Ledger, Sensitivity, ranked, search, sensitivity
+from export.quantizing.budget_measures import Candidate, GalleryLoss, Measures, add_latency, leave_one_out
 
 QUIET = Progress("quiet", io.StringIO())
 # What quantizing each layer takes from the cosine; it adds up, except where a test says otherwise.

@@ -35,13 +35,13 @@ from export import bundle as building
 from export.artifact import Artifact, read_artifact
 from export.builders import build_target
 from export.bundle import TEMPLATES, BundleConfig, build_bundle
-from export.golden import Tolerance
-from export.keys import make_keys, read_private, read_public
+from export.bundling.golden import Tolerance
+from export.bundling.keys import make_keys, read_private, read_public
+from export.bundling.selftest import selftest
+from export.bundling.signing import sign_bundle
+from export.bundling.verify import MANIFEST, Trust, unpack, verify
 from export.runtimes import open_artifact
-from export.selftest import selftest
-from export.signing import sign_bundle
 from export.targets import ExportConfig, Images
-from export.verify import MANIFEST, Trust, unpack, verify
 
 IMAGES = Images(lambda n, size: pictures(32, size)[:n], lambda n, size, avoid: pictures(32, size)[:n])
 QUIET = Progress("quiet")

@@ -18,13 +18,13 @@ from distill.evaluate.kept_heads import kept_heads
 from distill.progress import Progress
 from export.artifact import Artifact
 from export.bundle import TEMPLATES, BundleConfig
+from export.bundling.head_graph import head_graph, inputs_of, outputs_of
+from export.bundling.selftest import selftest
+from export.bundling.verify import unpack, verify
 from export.demo.heads import load_head
 from export.demo.models import Look
 from export.demo.sources import find
-from export.head_graph import head_graph, inputs_of, outputs_of
-from export.nodes import serialize
-from export.selftest import selftest
-from export.verify import unpack, verify
+from export.graphs.nodes import serialize
 
 DIM = 32
 NAMES = ["ash", "birch", "cedar", "elm", "fir", "gum", "hazel"]

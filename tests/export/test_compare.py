@@ -14,8 +14,8 @@ from distill.evaluate.scores import ScoreBook, percent_right
 from distill.files import write_json
 from distill.rows import Row, write_rows
 from export.compare import Side, compare, read_side, settings_changed
-from export.compare_gates import Gate, judge
-from export.compare_report import change_table, junit, markdown
+from export.reporting.compare_gates import Gate, judge
+from export.reporting.compare_report import change_table, junit, markdown
 
 MACHINE = {"cpu": {"model": "A", "cores": 2, "usable_threads": 2}, "gpus": [], "packages": {"torch": "2.11"}}
 N = 400

@@ -9,14 +9,14 @@ from test_report import Page, page_of, words
 
 from distill.files import write_json, write_text
 from distill.rows import Row, not_measured
-from export import bars, plots, tables
-from export.budget_report import budget_views
-from export.compression_report import collect, verdict, view
-from export.labels import label_of, target_name
 from export.report import training_curves, write_report
-from export.report_charts import styles_of
-from export.summary import summary
-from export.tables import Book, headline_table
+from export.reporting import bars, plots, tables
+from export.reporting.budget_report import budget_views
+from export.reporting.compression_report import collect, verdict, view
+from export.reporting.labels import label_of, target_name
+from export.reporting.report_charts import styles_of
+from export.reporting.summary import summary
+from export.reporting.tables import Book, headline_table
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_bundle import tiny_artifacts, tiny_bundle
 
 from distill.data.preprocess import KINDS, Preprocess
-from export.verify import Manifest, unpack
+from export.bundling.verify import Manifest, unpack
 
 pytestmark = pytest.mark.slow
 OPENVINO = next(iter(getattr(importlib.util.find_spec("openvino"), "submodule_search_locations", None) or []), None)

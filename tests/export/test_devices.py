@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 from distill.errors import EnvironmentFailed, GateFailed
 from distill.files import sha256_file, write_json
 from distill.rows import Row, read_rows, write_rows
-from export import device_report
 from export.bundle import BundleConfig
+from export.bundling.keys import make_keys
+from export.bundling.verify import Trust, verify
 from export.devices.fleet import DeviceRun, Job, run_fleet
 from export.devices.ssh import REMOTE, DeviceFailed, Ssh
-from export.keys import make_keys
 from export.report import write_report
-from export.report_schema import Report
-from export.verify import Trust, verify
+from export.reporting import device_report
+from export.reporting.report_schema import Report
 from recipes.cli import app
 from recipes.device import clean, look
 from recipes.device import run as run_command

@@ -9,10 +9,10 @@ from tiny_bundle import tiny_artifacts, tiny_bundle
 
 from distill.files import sha256_file
 from export.bundle import BundleConfig
+from export.bundling.verify import verify
 from export.devices import transfer
 from export.devices.fleet import DeviceRun, Job, run_fleet
 from export.devices.ssh import Lost, Ssh
-from export.verify import verify
 
 FAST = ("--seconds", "0.02", "--openings", "3", "--rounds", "2")
 

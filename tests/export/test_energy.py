@@ -6,12 +6,12 @@ import types
 import pytest
 
 from distill.progress import Progress
-from export import energy, gpu_state
-from export.bench_meters import Instruments
 from export.benchmark import BenchmarkConfig, Case, benchmark
-from export.energy import Rapl, Tegrastats, idle_watts, measure, nvml_meter, rail_watts, rapl
-from export.gpu_state import NoNvml, nvml_device, state_conditions, throttling
-from export.gpu_state import gpu_state as read_state
+from export.stopwatch import energy, gpu_state
+from export.stopwatch.bench_meters import Instruments
+from export.stopwatch.energy import Rapl, Tegrastats, idle_watts, measure, nvml_meter, rail_watts, rapl
+from export.stopwatch.gpu_state import NoNvml, nvml_device, state_conditions, throttling
+from export.stopwatch.gpu_state import gpu_state as read_state
 
 UUID = "GPU-1234"
 

@@ -14,11 +14,11 @@ from onnx import ModelProto
 from requantized import requantized
 
 from distill.errors import GateFailed, UserError
-from export.anatomy import Anatomy
-from export.attention_blocks import attention_blocks
 from export.engine import build_engine
 from export.engine_proof import prove_engine, prove_plan
 from export.graph import load_graph
+from export.graphs.anatomy import Anatomy
+from export.graphs.attention_blocks import attention_blocks
 from export.proof import prove, refuse
 
 BATCHES = (1, 4, 16)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from distill.progress import Progress
-from export.bench_meters import Instruments
 from export.benchmark import BenchmarkConfig, Case, benchmark
-from export.gpu_timing import captured, event_seconds, gpu_work
+from export.stopwatch.bench_meters import Instruments
+from export.stopwatch.gpu_timing import captured, event_seconds, gpu_work
 
 
 class Gpu:

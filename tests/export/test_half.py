@@ -12,11 +12,11 @@ from tiny import backbone, pictures
 from distill.errors import GateFailed, UserError
 from distill.models.backbone import Backbone
 from export.graph import export_onnx, torch_graph
+from export.graphs.nodes import constants, element_types, kept_float, load_graph, serialize, type_counts, verify_precision
+from export.graphs.rounded import rounded
+from export.graphs.typed import layer_nodes, matching_layers, retype
 from export.half import fit_half, fit_half_graph
-from export.nodes import constants, element_types, kept_float, load_graph, serialize, type_counts, verify_precision
 from export.probes import OnnxProbe
-from export.rounded import rounded
-from export.typed import layer_nodes, matching_layers, retype
 
 SIZE, GATE = 32, 0.999
 PRODUCTS = 1 + 6 * 4

@@ -29,13 +29,13 @@ from distill.data.preprocess import Preprocess
 from distill.errors import GateFailed, UserError
 from distill.models.checkpoints import save_model
 from distill.progress import Progress
-from export.archive import tar_header
 from export.builders import build_target
 from export.bundle import BundleConfig, build_bundle
-from export.dsse import SIGNATURE, Envelope, statement
-from export.keys import PUBLIC, PrivateKey, PublicKey, make_keys, read_private, read_public
+from export.bundling.archive import tar_header
+from export.bundling.dsse import SIGNATURE, Envelope, statement
+from export.bundling.keys import PUBLIC, PrivateKey, PublicKey, make_keys, read_private, read_public
+from export.bundling.verify import ANYONE, MANIFEST, Trust, unpack, verify
 from export.targets import ExportConfig, Images
-from export.verify import ANYONE, MANIFEST, Trust, unpack, verify
 
 QUIET = Progress("quiet")
 COUNT = 500
@@ -465,7 +465,7 @@ def test_bombs_under_a_limit_of_the_kernel(mutated, tmp_path):
 import resource, sys
 from pathlib import Path
 from distill.errors import GateFailed
-from export.verify import verify
+from export.bundling.verify import verify
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (96 << 20),) * 2)
 refused = 0

@@ -14,8 +14,8 @@ from tiny_bundle import tiny_bundle
 
 from distill.errors import UserError
 from distill.files import sha256_file
-from export.layouts import layout
-from export.verify import verify
+from export.bundling.layouts import layout
+from export.bundling.verify import verify
 
 RELEASE = "# R36 (release), REVISION: {}, GCID: 1, BOARD: generic, EABI: aarch64, DATE: Mon Jun 1 00:00:00 UTC 2026\n"
 

@@ -14,11 +14,11 @@ from tiny_bundle import photographs, tiny_artifacts, tiny_bundle
 
 from distill.errors import GateFailed, UserError
 from distill.files import sha256_file
-from export.archive import write_archive
 from export.bundle import BundleConfig
-from export.keys import make_keys, read_public
-from export.layouts import LAYOUTS, layout
-from export.verify import MANIFEST, Trust, unpack, verify
+from export.bundling.archive import write_archive
+from export.bundling.keys import make_keys, read_public
+from export.bundling.layouts import LAYOUTS, layout
+from export.bundling.verify import MANIFEST, Trust, unpack, verify
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from onnx import ModelProto
 from tiny import backbone, pictures
 
 from export.graph import INPUT, OUTPUTS, export_onnx, load_graph
-from export.openvino_graph import for_openvino
+from export.graphs.openvino_graph import for_openvino
 from export.quantize import QuantizeConfig, calibrate, quantize
 from export.runtimes import load_openvino
 from export.sessions import exact_session

@@ -18,9 +18,9 @@ from distill.errors import EnvironmentFailed, UserError
 from distill.files import sha256_file
 from export.artifact import ExtraFile
 from export.graph import load_graph, quantized_linears, torch_graph, type_counts
-from export.nodes import constants, linear_nodes
-from export.onnx_module import OnnxModule
-from export.others import OTHERS, with_scales
+from export.graphs.nodes import constants, linear_nodes
+from export.graphs.onnx_module import OnnxModule
+from export.quantizing.others import OTHERS, with_scales
 from export.runtimes import open_artifact
 
 NEEDS = {"onnx-int8-dynamic": "onnxruntime", "onnx-int8-modelopt": "modelopt", "openvino-int8-nncf": "nncf"}
@@ -86,7 +86,7 @@ def test_the_same_bytes_again(graphs, images, made, target, tmp_path):
 def test_quietly(graphs, target, tmp_path):
     pytest.importorskip(NEEDS[target])
     script = (
-        "import sys; from pathlib import Path; from tiny import pictures; from export.others import OTHERS\n"
+        "import sys; from pathlib import Path; from tiny import pictures; from export.quantizing.others import OTHERS\n"
         f"OTHERS[{target!r}](Path(sys.argv[1]), pictures(2, 32), Path(sys.argv[2]))"
     )
     here = Path(__file__).resolve()

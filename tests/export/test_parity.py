@@ -14,8 +14,8 @@ from distill.rows import Row
 from export import runtimes
 from export.bisection import explain
 from export.graph import export_onnx
-from export.others import OTHERS
 from export.parity import METRICS, Gates, artifact_parity, failed_gates, parity_rows, unmeasured_parity
+from export.quantizing.others import OTHERS
 
 CONDITIONS = {"runtime": "fake 1.0", "precision": "int8", "device": "cpu", "resolution": 32, "artifact_sha256": "abc"}
 

@@ -13,10 +13,10 @@ from tiny_bundle import QUIET, photographs, tiny_artifacts, tiny_bundle
 from distill.data.preprocess import CONSTANTS, Preprocess
 from distill.errors import GateFailed
 from export.bundle import BundleConfig
+from export.bundling.selftest import selftest
+from export.bundling.verify import MANIFEST, Manifest, unpack, verify
 from export.graph import load_graph
-from export.preprocess_graph import PIXELS, preprocess_graph, with_preprocess
-from export.selftest import selftest
-from export.verify import MANIFEST, Manifest, unpack, verify
+from export.graphs.preprocess_graph import PIXELS, preprocess_graph, with_preprocess
 
 # Height and width: smaller and larger than the input, odd, one side far longer, and of exactly the resize.
 SIZES = ((300, 400), (601, 450), (60, 50), (33, 250), (64, 64), (80, 64))

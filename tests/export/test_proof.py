@@ -9,9 +9,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from requantized import requantized
 
 from distill.errors import GateFailed
-from export.anatomy import Anatomy
-from export.attention_blocks import attention_blocks
 from export.graph import load_graph
+from export.graphs.anatomy import Anatomy
+from export.graphs.attention_blocks import attention_blocks
 from export.proof import CLAIMS, prove, refuse
 
 

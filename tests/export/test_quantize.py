@@ -22,8 +22,8 @@ from export.graph import (
     type_counts,
     verify_precision,
 )
-from export.naive import quantize_everything
 from export.quantize import Calibration, LayerCalibration, QuantizeConfig, calibrate, quantize
+from export.quantizing.naive import quantize_everything
 from export.sessions import exact_session
 
 DEFAULT = QuantizeConfig()

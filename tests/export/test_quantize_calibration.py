@@ -10,15 +10,15 @@ from onnx import helper, numpy_helper
 from tiny import pictures
 
 from distill.errors import UserError
-from export.calibrate import row_weights
 from export.graph import constants, load_graph, serialize
-from export.histogram import BINS, Histogram
+from export.graphs.segments import Pieces
 from export.quantize import Calibration, LayerCalibration, QuantizeConfig, calibrate, quantize
-from export.quantize_config import FP8, INT4, INT8
-from export.rounding import round_compensated, round_nearest, spread, weight_scales
-from export.segments import Pieces
+from export.quantizing.calibrate import row_weights
+from export.quantizing.histogram import BINS, Histogram
+from export.quantizing.quantize_config import FP8, INT4, INT8
+from export.quantizing.rounding import round_compensated, round_nearest, spread, weight_scales
+from export.quantizing.smoothing import find_folds, smoothing_factors
 from export.sessions import exact_session
-from export.smoothing import find_folds, smoothing_factors
 
 PLAIN = QuantizeConfig(
     smooth=None, offset=False, bias_correction=False, rounding="nearest", weights="minmax", patch_embed=False
@@ -277,7 +277,7 @@ def test_images(graphs):
 
 
 def test_memory_limits_the_images(graphs, monkeypatch):
-    from export import calibrate as module
+    from export.quantizing import calibrate as module
 
     _, path, size = graphs["mlp-fp32"]
     monkeypatch.setattr(module, "LIVE_BYTES", 5 * 10**5)

@@ -7,8 +7,8 @@ from foreign import foreign
 
 from distill.errors import UserError
 from export.graph import load_graph
-from export.plan import attention_roles, plan_graph
-from export.quantize_config import QuantizeConfig
+from export.quantizing.plan import attention_roles, plan_graph
+from export.quantizing.quantize_config import QuantizeConfig
 
 LINEARS = [f"blocks.{b}.{n}" for b in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 

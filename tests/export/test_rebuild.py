@@ -9,12 +9,12 @@ import pytest
 from fake_device import fake_device
 from rebuild_kit import everything, index, kit, log, selftest
 
-from export.archive import LIMITS, Refused
 from export.bundle import TEMPLATES
+from export.bundling.archive import LIMITS, Refused
+from export.bundling.golden import SOURCE
+from export.bundling.rebuild import fits, flags_of
+from export.bundling.verify import parse_manifest
 from export.engine_config import EngineConfig
-from export.golden import SOURCE
-from export.rebuild import fits, flags_of
-from export.verify import parse_manifest
 
 
 def test_manifest(kit_bundle):

@@ -13,7 +13,7 @@ from rebuild_kit import everything, files_in, index, kit, log, selftest
 from tiny_bundle import tiny_artifacts, tiny_bundle
 
 from export.bundle import BundleConfig
-from export.verify import unpack
+from export.bundling.verify import unpack
 
 # ---- TensorRT for RTX, the real one
 

@@ -18,10 +18,10 @@ from distill.encoder import Features, RawPixels, TorchEncoder
 from distill.files import write_json, write_text
 from distill.models.backbone import Backbone, BackboneConfig
 from distill.rows import Row, not_measured, read_rows, write_rows
-from export import plots, tables
-from export.pictures import like, pca_colours, pca_strip
 from export.report import ReportConfig, console_table, headline_table, write_report
-from export.summary import summary
+from export.reporting import plots, tables
+from export.reporting.pictures import like, pca_colours, pca_strip
+from export.reporting.summary import summary
 
 N = 5000
 NO_GPU = "no CUDA GPU on this machine; the tensorrt_rtx engine is compiled for SM 8.6, 8.9"

@@ -12,9 +12,9 @@ import pytest
 
 import export
 from distill.rows import Row, not_measured
-from export.advice import Constraints, advise, presets
-from export.candidates import candidates_of
-from export.tables import Book
+from export.reporting.advice import Constraints, advise, presets
+from export.reporting.candidates import candidates_of
+from export.reporting.tables import Book
 
 SCRIPT = Path(export.__file__).parent / "templates" / "advice.js"
 SMALL = "students/small"

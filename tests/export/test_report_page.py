@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from distill.rows import Row
-from export.candidates import candidates_of
-from export.page import MOST_ROWS, all_numbers
 from export.report import write_report
-from export.tables import Book
+from export.reporting.candidates import candidates_of
+from export.reporting.page import MOST_ROWS, all_numbers
+from export.reporting.tables import Book
 from tests.export import compressed_run as sample
 from tests.export.test_report import accuracy, believable_rows, believable_run, difference, timing
 from tests.export.test_report_tasks import rows as task_rows

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export import panels
-from export.panels import Panel, depth_panel, encoded, retrieval_panel, segmentation_panel
 from export.report import write_report
+from export.reporting import panels
+from export.reporting.panels import Panel, depth_panel, encoded, retrieval_panel, segmentation_panel
 from tests.export.test_report import Page, believable_rows
 
 SIDE, GAP, HEAD = panels.SIDE, panels.GAP, panels.HEAD

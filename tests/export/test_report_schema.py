@@ -6,8 +6,8 @@ import pytest
 
 from distill.files import write_json
 from export.report import write_report
-from export.report_schema import VERSION, json_schema
-from export.reproduce import families, whole_run
+from export.reporting.report_schema import VERSION, json_schema
+from export.reporting.reproduce import families, whole_run
 from tests.export import compressed_run as sample
 from tests.export.test_report import believable_rows, believable_run
 

@@ -1,10 +1,10 @@
 """Tables of evaluations beside kNN and linear probe, from rows alone."""
 
 from distill.rows import Row, not_measured
-from export import tables
 from export.report import write_report
-from export.tables import Book
-from export.task_report import task_views
+from export.reporting import tables
+from export.reporting.tables import Book
+from export.reporting.task_report import task_views
 from tests.export.test_report import Page, believable_rows, words
 
 SEG = {"task": "camvid", "kind": "segmentation", "data": "camvid-test", "resolution": 48}

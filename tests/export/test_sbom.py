@@ -7,9 +7,9 @@ import pytest
 
 from distill.rows import Row, not_measured
 from export.artifact import Artifact, ArtifactFile, TensorSpec
-from export.model_card import cell, conditions, model_card, number
-from export.origin import teacher_origin
-from export.sbom import package_components, sbom
+from export.bundling.model_card import cell, conditions, model_card, number
+from export.bundling.origin import teacher_origin
+from export.bundling.sbom import package_components, sbom
 
 SPEC = [TensorSpec(name="images", dtype="float32", shape=["batch", 3, 32, 32])]
 OUT = [TensorSpec(name="cls", dtype="float32", shape=["batch", 8])]

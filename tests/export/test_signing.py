@@ -13,13 +13,13 @@ import pytest
 from crafted import contents, manifest_of, members, packed, tar
 
 from distill.errors import GateFailed, UserError
-from export import keys
-from export.archive import Refused, tar_header
-from export.dsse import PAYLOAD_TYPE, SIGNATURE, Envelope, compact, pae, read_envelope, statement
-from export.keys import PublicKey, make_keys, read_private, read_public
-from export.provenance import provenance
-from export.signing import sign_bundle
-from export.verify import MANIFEST, Trust, unpack, verify
+from export.bundling import keys
+from export.bundling.archive import Refused, tar_header
+from export.bundling.dsse import PAYLOAD_TYPE, SIGNATURE, Envelope, compact, pae, read_envelope, statement
+from export.bundling.keys import PublicKey, make_keys, read_private, read_public
+from export.bundling.provenance import provenance
+from export.bundling.signing import sign_bundle
+from export.bundling.verify import MANIFEST, Trust, unpack, verify
 
 OPENSSL = shutil.which("openssl")
 LINEAGE = {

@@ -10,9 +10,9 @@ from tiny import pictures
 
 from export.engine import build_engine
 from export.graph import load_graph
+from export.graphs.split_qkv import split_qkv
 from export.lint import lint
 from export.proof import prove
-from export.split_qkv import split_qkv
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.nodes import linear_nodes
+from export.graphs.nodes import linear_nodes
+from export.graphs.stored_half import LEAST_BYTES, store_half
 from export.sessions import usual_session
-from export.stored_half import LEAST_BYTES, store_half
 
 WIDE = 160
 assert 4 * WIDE * WIDE > LEAST_BYTES

@@ -6,8 +6,8 @@ import types
 import pytest
 
 from distill.rows import Row, not_measured
-from export import trackers
-from export.trackers import scalars, send, steps
+from export.reporting import trackers
+from export.reporting.trackers import scalars, send, steps
 
 ROWS = [
     Row(

@@ -7,8 +7,8 @@ which remembers the round before, and heavy tails.
 import numpy as np
 import pytest
 
-from export.bench_case import Case, Timed
-from export.bench_rows import comparison_rows
+from export.stopwatch.bench_case import Case, Timed
+from export.stopwatch.bench_rows import comparison_rows
 
 OPENINGS, ROUNDS = 5, 4  # as the stopwatch does it: 20 rounds
 

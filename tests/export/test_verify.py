@@ -20,9 +20,9 @@ import pytest
 from crafted import WEIGHTS, at, bomb, contents, manifest_of, members, packed, patched, raw_name, sealed, tar
 
 from distill.errors import GateFailed, UserError
-from export.archive import GZIP, Limits, bad_name, tar_header, write_archive
-from export.dsse import SIGNATURE
-from export.verify import MANIFEST, unpack, verify
+from export.bundling.archive import GZIP, Limits, bad_name, tar_header, write_archive
+from export.bundling.dsse import SIGNATURE
+from export.bundling.verify import MANIFEST, unpack, verify
 
 OLD_TAR = {"format": tarfile.USTAR_FORMAT}
 

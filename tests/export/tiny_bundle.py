@@ -13,12 +13,12 @@ from distill.data.preprocess import Preprocess
 from distill.files import sha256_file
 from distill.models.checkpoints import save_model
 from distill.progress import Progress
-from export.archive import write_archive
 from export.artifact import Artifact
 from export.builders import build_target
 from export.bundle import BundleConfig, build_bundle
+from export.bundling.archive import write_archive
+from export.bundling.verify import MANIFEST, unpack, verify
 from export.targets import ExportConfig, Images
-from export.verify import MANIFEST, unpack, verify
 
 IMAGES = Images(lambda n, size: pictures(32, size)[:n], lambda n, size, avoid: pictures(32, size)[:n])
 QUIET = Progress("quiet")

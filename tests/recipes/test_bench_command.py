@@ -117,7 +117,7 @@ def test_mistakes_are_one_sentence(bench, tmp_path, monkeypatch, arguments, sent
 
 
 def test_an_engine_without_a_gpu_is_not_measured(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.bench_graphs.gpu_capability", lambda: None)
+    monkeypatch.setattr("export.stopwatch.bench_graphs.gpu_capability", lambda: None)
     (tmp_path / "m.engine").write_bytes(b"vtrt\0\0\0\0plan")
     found = bench(tmp_path / "m.engine", *SHORT, code=3)
     assert "no CUDA GPU on this machine" in found.stderr
@@ -132,7 +132,7 @@ def test_openvino_that_is_missing(bench, files, monkeypatch):
     def missing():
         raise EnvironmentFailed("openvino is not installed; pip install 'decant-vision[openvino]'.")
 
-    monkeypatch.setattr("export.bench_files.load_openvino", missing)
+    monkeypatch.setattr("export.stopwatch.bench_files.load_openvino", missing)
     assert "decant-vision[openvino]" in bench(files[0], "--runtime", "openvino", code=3).stderr
 
 

@@ -7,7 +7,7 @@ import pytest
 from crafted import contents, members, packed, tar
 from typer.testing import CliRunner
 
-from export.keys import make_keys
+from export.bundling.keys import make_keys
 from recipes import cli
 
 

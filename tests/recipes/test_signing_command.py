@@ -10,7 +10,7 @@ import pytest
 from crafted import contents, members, packed, tar
 from typer.testing import CliRunner
 
-from export.keys import PASSPHRASE, PRIVATE, PUBLIC, read_private
+from export.bundling.keys import PASSPHRASE, PRIVATE, PUBLIC, read_private
 from recipes import cli
 from recipes.schema import Recipe
 from recipes.signing import ask

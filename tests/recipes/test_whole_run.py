@@ -190,7 +190,7 @@ def test_bundles_verify_and_test_themselves(finished):
 
 
 def test_bundles_hold_the_heads_that_the_evaluation_trained(finished):
-    from export.verify import verify
+    from export.bundling.verify import verify
 
     for student in ("a", "b"):
         manifest = verify(finished / "bundles" / f"{student}.tar.gz").manifest

@@ -28,7 +28,7 @@ from distill.models.fake_quant import (
 )
 from distill.models.timm_backbone import TimmBackbone, TimmConfig
 from export.graph import export_onnx
-from export.nodes import PRODUCTS, constants, linear_nodes, load_graph, serialize
+from export.graphs.nodes import PRODUCTS, constants, linear_nodes, load_graph, serialize
 
 torch.set_num_threads(1)
 SHAPE: dict[str, Any] = {"dim": 48, "depth": 2, "heads": 2, "patch": 8, "image_size": 32, "layer_scale": 1.0, "init": "fan_in"}

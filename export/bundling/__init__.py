@@ -1,0 +1,1 @@
+"""The parts of a bundle: archive, trust, golden vectors, papers, layouts."""

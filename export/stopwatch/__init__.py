@@ -1,0 +1,1 @@
+"""The parts of the stopwatch: cases, clocks, meters, foreign files."""
