@@ -237,7 +237,12 @@ def sign(
 
 
 @app.command()
-def verify(bundle: Bundle, key: Keys = [], require_signature: RequireSignature = False) -> None:  # noqa: B006
+def verify(
+    bundle: Bundle,
+    key: Keys = [],  # noqa: B006
+    require_signature: RequireSignature = False,
+    contents: Annotated[bool, typer.Option("--contents", help="Also say what takes the room in it.")] = False,
+) -> None:
     """Check a bundle's archive, manifest, signatures and hashes without running or unpacking anything.
 
     With --key, exit code 1 unless one of these keys signed it. Without, a signature shows no more than that nothing was changed since.
@@ -245,7 +250,8 @@ def verify(bundle: Bundle, key: Keys = [], require_signature: RequireSignature =
     with sentences():
         from recipes.signing import verify as check_bundle
 
-        typer.echo(check_bundle(bundle, key, require_signature))
+        for line in check_bundle(bundle, key, require_signature, contents):
+            typer.echo(line)
 
 
 @app.command()

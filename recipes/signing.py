@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.errors import UserError
+from export.bundling.archive import shown
 from export.bundling.keys import PASSPHRASE, from_environment, make_keys, read_private, read_public
 from export.bundling.signing import sign_bundle
 from export.bundling.verify import Trust
@@ -60,11 +61,18 @@ def trust_in(keys: Sequence[Path], required: bool) -> Trust:
     return Trust(tuple(read_public(path) for path in keys), required)
 
 
-def verify(bundle: Path, keys: Sequence[Path], required: bool) -> str:
-    """Verify a bundle and return the line to print.
+def verify(bundle: Path, keys: Sequence[Path], required: bool, contents: bool = False) -> list[str]:
+    """Verify a bundle and return the lines to print; with `contents` what takes the room in it, unpacked.
 
     Raises:
         GateFailed: it is damaged, or not signed by one of the keys.
         UserError: no such bundle, or no usable key.
     """
-    return check_bundle(bundle, trust=trust_in(keys, required)).summary()
+    result = check_bundle(bundle, trust=trust_in(keys, required))
+    lines = [result.summary()]
+    if contents:
+        parts = [(shown(part), f"{size / 1e6:,.2f} MB", count) for part, (count, size) in result.contents().items()]
+        wide = max(len(part) for part, _, _ in parts)
+        lines += [f"{part:<{wide}}  {size:>12}  {count} {'file' if count == 1 else 'files'}" for part, size, count in parts]
+        lines.append(f"{'the archive':<{wide}}  {bundle.stat().st_size / 1e6:>9,.2f} MB")
+    return lines

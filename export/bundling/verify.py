@@ -223,6 +223,19 @@ class VerifyResult:
             return f"signed by {', '.join(k.key_id for k in self.trusted)}, as asked"
         return f"signed by {', '.join(k.key_id for k in self.signers)}, which nobody vouched for"
 
+    def contents(self) -> dict[str, tuple[int, int]]:
+        """What takes the room: part of the bundle -> (files, bytes unpacked), largest first. Parts are artifacts, golden vectors of each,
+        heads, the report, scripts and papers.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        for file in self.manifest.files:
+            folder, _, rest = file.path.partition("/")
+            within = rest.partition("/")[0] if folder in ("artifacts", "golden") and "/" in rest else ""
+            part = f"{folder}/{within}".rstrip("/") if rest else "scripts and papers"
+            count, size = found.get(part, (0, 0))
+            found[part] = count + 1, size + file.bytes
+        return dict(sorted(found.items(), key=lambda kv: -kv[1][1]))
+
     def summary(self) -> str:
         """One line for the user."""
         targets = ", ".join(a.target for a in self.manifest.artifacts)

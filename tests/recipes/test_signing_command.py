@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import re
 import stat
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from crafted import contents, members, packed, tar
 from typer.testing import CliRunner
 
 from export.bundling.keys import PASSPHRASE, PRIVATE, PUBLIC, read_private
+from export.bundling.verify import verify as verified
 from recipes import cli
 from recipes.schema import Recipe
 from recipes.signing import ask
@@ -54,6 +56,19 @@ def test_keygen_sign_verify():
     assert f"it is signed by {key_id} and not by" in decant("verify", "s.tar.gz", "--key", f"other/{PUBLIC}", code=1)
     assert f"other/{PRIVATE}" not in decant("sign", "s.tar.gz", "--key", f"other/{PRIVATE}")
     assert decant("verify", "s.tar.gz").count(key_id) == 1
+
+
+def test_what_takes_the_room():
+    first, *parts, archive = decant("verify", "b.tar.gz", "--contents").splitlines()
+    assert first + "\n" == decant("verify", "b.tar.gz")
+    found = {line.split("  ")[0]: line.split() for line in parts}
+    assert {"artifacts/onnx-fp32", "golden", "golden/onnx-fp32", "scripts and papers"} <= found.keys()
+    assert sum(int(p[-2]) for p in found.values()) == int(first.partition(": ")[2].split()[0])
+    sizes = verified(Path("b.tar.gz")).contents()
+    assert [size for _, size in sizes.values()] == sorted((size for _, size in sizes.values()), reverse=True)
+    golden = [f.bytes for f in verified(Path("b.tar.gz")).manifest.files if re.fullmatch(r"golden/[^/]+", f.path)]
+    assert sizes["golden"] == (len(golden), sum(golden))
+    assert archive.split()[-2:] == [f"{Path('b.tar.gz').stat().st_size / 1e6:.2f}", "MB"]
 
 
 def test_mistakes():
