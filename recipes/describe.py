@@ -18,6 +18,7 @@ from distill.models.heads import HeadConfig
 from distill.models.kinds import AnyConfig, backbone_flops, backbone_measures, backbone_parameters, read_config
 from distill.models.match_head import match_head_parameters
 from distill.objectives import ObjectivesConfig
+from distill.targets_cache import estimate_bytes
 from distill.train import TrainConfig
 from recipes.schema import Recipe
 
@@ -44,7 +45,7 @@ def describe(recipe: Recipe, run: Path, processes: int = 1) -> RenderableType:
     """
     teacher = teacher_shape(recipe, run)
     found = trainings(recipe, teacher)
-    costs = (_trainings(found, recipe), Text(ASSUMED, style="dim"), Text(), *_memory(found, recipe, processes))
+    costs = (_trainings(found, recipe), Text(ASSUMED, style="dim"), Text(), *_memory(found, recipe, processes), *_caches(found))
     return Group(_models(recipe, teacher), Text(), *costs, Text(), *_tasks(recipe), *_stages(recipe, run))
 
 
@@ -245,6 +246,16 @@ def _memory(found: list[Training], r: Recipe, processes: int) -> Iterator[Render
         yield table
     if unknown := [t.stage for t in found if t.unknown]:
         yield Text(f"Memory on {of} is open until what they start from is made or loaded: {', '.join(unknown)}")
+
+
+def _caches(found: list[Training]) -> Iterator[RenderableType]:
+    """What cached targets will take on disk."""
+    for t in found:
+        if t.config.cache is None or t.teacher is None or t.teacher.dino is None or t.teacher.patch_head is None:
+            continue
+        images, patches = t.config.steps() * t.config.batch, chosen_patches(t.config, t.students[0], 1)
+        size = estimate_bytes(t.config.cache, images, patches, t.teacher.dino, t.teacher.patch_head)
+        yield Text(f"Cached targets of {t.stage}: about {_gib(size)} GiB of disk, under targets/ of the run")
 
 
 def _gib(size: float) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -43,10 +42,6 @@ class Predictions:
         self.said[key] = predicted.to(torch.int64)
         shared = {name: conditions[name] for name in SHARED if name in conditions}
         self.about[key] = {"subject": subject, "target": target, "metric": metric, **shared}
-
-    def correct(self) -> dict[str, np.ndarray]:
-        """key -> bool [n], right or wrong per test image."""
-        return {key: (said == self.labels).numpy() for key, said in self.said.items()}
 
     def find(self, name: str, metric: str) -> dict[int, str]:
         """Keys of `subject/target` by resolution."""

@@ -141,9 +141,9 @@ def test_easy_data_is_solved_and_correctness_matches_the_rows(tmp_path):
     found = evaluate(CONFIG, [raw()], gallery, test, tmp_path, QUIET)
     values = {r.metric: r.value for r in found.rows if r.metric in ("knn_top1", "linear_top1")}
     assert values == {"knn_top1": 100, "linear_top1": 100}
-    correct = Predictions.load(tmp_path / "predictions.safetensors").correct()
-    assert {k: 100 * v.mean() for k, v in correct.items()} == {f"raw/pixels@32/{m}": v for m, v in values.items()}
-    assert all(v.dtype == bool for v in correct.values())
+    kept = Predictions.load(tmp_path / "predictions.safetensors")
+    right = {key: 100 * float((said == kept.labels).float().mean()) for key, said in kept.said.items()}
+    assert right == {f"raw/pixels@32/{m}": v for m, v in values.items()}
 
 
 def test_same_again_is_the_same_and_a_killed_evaluation_redoes_nothing(scenes, tmp_path):

@@ -1,5 +1,6 @@
 """The costs that `decant check` prints: formulas against counted operations, and against what the paper's authors needed."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def test_check_says_hours_memory_and_assumptions():
     many = printed(loaded("vitg14"), 256)
     assert "each of 256 devices" in many
     assert many.count("copied") == many.count("sharded") == 3  # pretrain, high_res, distill
+
+
+def test_check_says_what_cached_targets_take():
+    assert "Cached targets" not in printed(loaded("quickstart"))
+    said = printed(loaded("quickstart", "distill.cache={}"))
+    once = float(re.search(r"Cached targets of distill: about ([\d.]+) GiB", said)[1])
+    assert 0.01 < once < 0.1  # test_targets_cache.py holds the formula to 3 % of a real cache
+    replayed = printed(loaded("quickstart", "distill.cache={replay: 1920}"))
+    assert float(re.search(r"about ([\d.]+) GiB of disk", replayed)[1]) == pytest.approx(once / 4, rel=0.05)
 
 
 TEACHER = """
