@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,35 @@ def test_engines_that_were_built_here(bundle, tmp_path):
     assert (built["status"], built["conditions"]["built_on_device"]) == ("measured", True)
     assert str(tmp_path) not in json.dumps(report)
     assert "not the file" in next(r["reason"] for r in report["rows"] if r["target"] == "engines/changed.engine")
+    code, report = bench(bundle, "--openings", "1", "--engines", str(tmp_path), "--target", "onnx-fp32")
+    assert {r["target"] for r in report["rows"]} == {"onnx-fp32", "engines/good.engine", "engines/changed.engine"}
+    code, report = bench(bundle, "--openings", "1", "--engines", str(tmp_path), "--target", "onnx-int8")
+    assert {r["target"]: r["reason"] for r in report["rows"][:1]} == {"onnx-int8": "there is no artifact onnx-int8"}
+    assert not any(r["target"].startswith("engines/") and r["status"] == "measured" for r in report["rows"])
+
+
+def test_what_fails_in_the_middle_leaves_the_others(bundle, tmp_path):
+    """One of two files stops answering after 40 calls, as a GPU without memory would; the other keeps its numbers."""
+    unpacked = tmp_path / "b"
+    shutil.copytree(bundle, unpacked)
+    script = (unpacked / "infer.py").read_text()
+    broken = """
+    def run(self, images):
+        if self.file["resolution"] == 48:
+            Model.calls = getattr(Model, "calls", 0) + 1
+            if Model.calls > 40:
+                raise RuntimeError("CUDA out of memory\\nand more")
+        return self._run(images)
+
+    def _run(self, images):
+"""
+    assert script.count("\n    def run(self, images):\n") == 1
+    (unpacked / "infer.py").write_text(script.replace("\n    def run(self, images):\n", broken))
+    code, report = bench(unpacked, "--openings", "2", "--seconds", "0.5")
+    assert code == 1
+    timed = {(r["conditions"]["resolution"], r["status"]) for r in report["rows"] if r["metric"] == "latency_p50_ms"}
+    assert timed == {(32, "measured"), (48, "not measured")}
+    assert "RuntimeError: CUDA out of memory" in [r.get("reason") for r in report["rows"]]
 
 
 def test_what_cannot_run(bundle):

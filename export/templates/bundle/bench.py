@@ -113,13 +113,15 @@ def cases_of(infer, args):
     """What is to be timed, and rows for what cannot be."""
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
     png, batches, cases, rows = HERE / manifest["golden"]["images"][0], sorted(set(args.batch or [1])), [], []
+    known = [a["target"] for a in manifest["artifacts"]]
     wanted = [a for a in manifest["artifacts"] if not args.target or a["target"] in args.target]
     for artifact in wanted:
         for file in artifact["files"]:
             cases.append(Case(artifact, file, partial(infer.Model, artifact, file, args.threads), png, batches))
-    if not cases:
-        rows.append(unmeasured("latency_p50_ms", "all", f"there is no artifact {', '.join(args.target)}", failed=True))
-    for check, artifact in engines_of(manifest, args.engines):
+    for target in args.target or []:
+        if target not in known:
+            rows.append(unmeasured("latency_p50_ms", target, f"there is no artifact {target}", failed=True))
+    for check, artifact in engines_of(manifest, args.engines, args.target):
         if isinstance(artifact, str):
             rows.append(unmeasured("latency_p50_ms", check, artifact, failed=True))
             continue
@@ -132,13 +134,17 @@ def cases_of(infer, args):
     return cases, rows
 
 
-def engines_of(manifest, folder):
-    """(name, artifact as in the manifest or why it is refused) of what build_engine.py built; hashes are checked before anything opens."""
+def engines_of(manifest, folder, targets):
+    """(name, artifact as in the manifest or why it is refused) of what build_engine.py built of these targets, or of all.
+
+    Hashes are checked before anything opens.
+    """
     if folder is None:
         return []
     if not (HERE / "engine_files.py").is_file():
         return [("engines", "this bundle has no build_engine.py, so no engine can be of it")]
-    return list(load("engine_files").engine_artifacts(manifest, folder))
+    listed = load("engine_files").engine_artifacts
+    return [pair for target in targets or [None] for pair in listed(manifest, folder, target)]
 
 
 def alone(infer, cases, rows):
@@ -175,23 +181,36 @@ def alone(infer, cases, rows):
 def take_turns(cases, args, rows):
     """Time the cases in rounds, opened anew each time -> whether one failed; what fails leaves, with a row that says why."""
     out = set()
+
+    def leaves(case, error):
+        """A case that failed has no numbers: those of before could be of a runtime that was already failing."""
+        out.add(case)
+        why = f"{type(error).__name__}: {first_line(error)}"
+        rows.append(unmeasured("latency_p50_ms", case.artifact["target"], why, failed=True, **case.conditions()))
+
     for opening in range(args.openings):
         calls = {}
         for case in cases:
+            if case in out:
+                continue
             try:
-                calls.update({(case, *key): call for key, call in case.calls(case.opened()).items()} if case not in out else {})
-                for key in [k for k in calls if k[0] is case]:
-                    warm_up(calls[key], args.seconds / args.openings / 2)
-            except Exception as e:
-                out.add(case)
-                calls = {k: c for k, c in calls.items() if k[0] is not case}
-                why = f"{type(e).__name__}: {first_line(e)}"
-                rows.append(unmeasured("latency_p50_ms", case.artifact["target"], why, failed=True, **case.conditions()))
+                own = {(case, *key): call for key, call in case.calls(case.opened()).items()}
+                for call in own.values():
+                    warm_up(call, args.seconds / args.openings / 2)
+                calls.update(own)
+            except Exception as e:  # whatever a runtime throws
+                leaves(case, e)
         keys = list(calls)
         for number in range(args.rounds):
             shift = number % max(len(keys), 1)
             for case, what, batch in keys[shift:] + keys[:shift]:  # nobody always follows the same neighbour
-                spent = timed(calls[case, what, batch], args.seconds / args.openings / args.rounds)
+                if case in out:
+                    continue
+                try:
+                    spent = timed(calls[case, what, batch], args.seconds / args.openings / args.rounds)
+                except Exception as e:
+                    leaves(case, e)
+                    continue
                 case.times.setdefault((what, batch), {}).setdefault(opening, []).append(spent)
         calls.clear()
         gc.collect()

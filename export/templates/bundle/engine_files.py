@@ -70,7 +70,8 @@ def engine_artifacts(manifest, folder, target=None):
             runtime = engine["runtime"]
             needs = {"systems": [engine["system"]], "machines": [engine["machine"]], "built_with": engine["versions"]}
             needs.update(runtime=runtime, compute_capabilities=engine["compute_capabilities"])
-            yield check, {**artifact, "runtime": runtime, "target": check, "files": [file], "compatibility": needs}
+            engine = {"runtime": runtime, "target": check, "files": [file], "compatibility": needs}
+            yield check, {**artifact, **engine, "rebuilt_from": source["target"]}
 
 
 @contextlib.contextmanager
