@@ -56,6 +56,7 @@ class Ssh:
 
     def __init__(self, address: Address, python: str, config: Path | None, log: Path, sockets: Path):
         self.address, self.python, self.config, self.log = address, python, config, log
+        self.token: str | None = None  # of the run that holds the device's folder
         self.socket = sockets / uuid.uuid4().hex[:8]
         self.stopped = threading.Event()
         self.lock = threading.Lock()
@@ -98,7 +99,8 @@ class Ssh:
         Raises:
             DeviceFailed, Unreachable, Lost, Stopped.
         """
-        with self.started({"do": do, **request}, master=False) as (process, errors):
+        run = {"token": self.token} if self.token else {}
+        with self.started({"do": do, **run, **request}, master=False) as (process, errors):
             assert process.stdin is not None
             timer = threading.Timer(timeout, end, [process])
             timer.start()
@@ -120,7 +122,7 @@ class Ssh:
     def held(self, token: str, wait: float = 10.0) -> Iterator[None]:
         """Hold the lock of the device's folder, and the connection that all requests inside share.
 
-        token: names the run; what an earlier connection of the same run left holding the lock is ended.
+        token: names the run; what an earlier connection of the same run left at work there is ended.
         wait: seconds to wait for another run.
         """
         with self.started({"do": "hold", "token": token, "wait": wait}, master=True) as (process, errors):
@@ -132,7 +134,11 @@ class Ssh:
                 output += line
             timer.cancel()
             self.answer(process.wait() if MARK not in output else 0, output, errors())
-            yield
+            self.token = token
+            try:
+                yield
+            finally:
+                self.token = None
 
     @contextlib.contextmanager
     def started(self, request: dict[str, Any], master: bool) -> Iterator[tuple[subprocess.Popen, Callable[[], str]]]:
@@ -198,6 +204,8 @@ class Ssh:
                 ok = found["ok"]
             except (ValueError, RecursionError, KeyError, TypeError) as e:
                 raise DeviceFailed("its answer is none that this version reads") from e
+            if not ok and found.get("again") is True:
+                raise Lost(shown(str(found.get("why"))))
             if not ok:
                 raise DeviceFailed(shown(str(found.get("why"))))
             return found

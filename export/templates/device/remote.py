@@ -3,6 +3,9 @@
 It comes over ssh's stdin in front of the data, so nothing has to be installed. The request is JSON in argv[1]; the answer is the
 last line of stdout: MARK and one JSON object. As long as a request works, stdin is its leash: when it ends, because the other side
 stopped, died or lost the connection, whatever was started here is killed with all its children.
+
+A connection can also be lost without a word, and then the leash holds for minutes. So every process of a run has a file in
+`running`, locked as long as it or its script lives, and whoever takes the folder ends those that are left.
 """
 
 import contextlib
@@ -25,24 +28,38 @@ from pathlib import Path
 MARK = "decant-device-answer-1 "
 OWNER = ".decant-device"
 SHA = re.compile(r"[0-9a-f]{64}")
-PLACES = {"archives": re.compile(r"[0-9a-f]{64}\.(part|tar\.gz)"), "unpacked": SHA, "engines": SHA}
+UNFINISHED = re.compile(r"new-[a-z0-9_]{8}")  # as mkdtemp names it
+PLACES = {
+    "archives": re.compile(r"[0-9a-f]{64}\.(part|tar\.gz)"),
+    "unpacked": re.compile(f"{SHA.pattern}|{UNFINISHED.pattern}"),
+    "engines": SHA,
+    "running": re.compile(r"process-[0-9]+-[0-9]+"),
+}
 NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 CHUNK, PIECE = 1 << 20, 64 << 10  # the second is what a lost connection may cost
 MOST_OUTPUT = 16 << 20
+ENDS_WITHIN_S = 10.0  # a killed process
 
 
 class Refused(Exception):
     """Why a request is not done, as one clause."""
 
 
+class Busy(Refused):
+    """The same, where asking again later helps."""
+
+
 def main():
-    request = json.loads(sys.argv[1])
     try:
-        answer = {"ok": True, **globals()["do_" + request["do"]](request)}
+        request = json.loads(sys.argv[1])
+        with listed(request):
+            answer = {"ok": True, **globals()["do_" + request["do"]](request)}
     except Refused as e:
-        answer = {"ok": False, "why": str(e)}
+        answer = {"ok": False, "why": str(e), "again": isinstance(e, Busy)}
     except OSError as e:
-        answer = {"ok": False, "why": f"{e.strerror or e} ({e.filename})"}
+        answer = {"ok": False, "why": f"{e.strerror or e}" + (f" ({e.filename})" if e.filename else "")}
+    except Exception as e:  # whatever is odd on a device is said, not shown as a traceback
+        answer = {"ok": False, "why": f"{type(e).__name__}: {e}"}
     say(answer)
 
 
@@ -56,7 +73,7 @@ def home(request):
     folder = Path.home() / request["folder"]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / OWNER).is_file():
-        if any(folder.iterdir()):
+        if {p.name for p in folder.iterdir()} - {"lock"}:  # a `clean` may have gone through while somebody waited for the lock
             raise Refused(f"the folder {folder} holds other files; name a new one in the address")
         (folder / OWNER).write_text("made by decant device\n", encoding="ascii")
     for name in PLACES:
@@ -64,25 +81,80 @@ def home(request):
     return folder
 
 
-def do_hold(request):
-    """Keep the folder's lock until the leash ends. A holder of the same run that a lost connection left behind is killed."""
-    folder, token = home(request), request["token"]
-    lock = open(folder / "lock", "a+")  # noqa: SIM115  held until the process ends
-    end = time.monotonic() + request["wait"]
+def opened_locked(path):
+    """The file, made if need be and locked, or None if another process holds it. It is still the one of that name by then."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115  the lock lasts as long as it is open
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            lock.seek(0)
-            held = lock.read().split()
-            if len(held) == 2 and held[0] == token:
-                kill(int(held[1]), os.kill)
-            elif time.monotonic() > end:
-                raise Refused(f"another `decant device` is at work in {folder}; wait for it, or name another folder") from None
-            time.sleep(0.2)
-    lock.seek(0)
-    lock.truncate()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except FileNotFoundError:  # whoever held it removed it
+            pass
+        except BlockingIOError:
+            file.close()
+            return None
+        file.close()
+
+
+@contextlib.contextmanager
+def listed(request):
+    """Be found in `running` by who takes the folder over; `request["record"]` is the open file. Requests without a run are not listed."""
+    if "token" not in request or request["do"] == "hold":
+        yield
+        return
+    folder = home(request)
+    path = folder / "running" / f"process-{os.getpid()}-{time.time_ns()}"
+    record = request["record"] = opened_locked(path)
+    record.write(f"{os.uname().nodename} {os.getpid()}")
+    record.flush()
+    try:
+        if (folder / "lock").read_text(encoding="utf-8").split()[:1] != [request["token"]]:
+            raise Refused("its run has ended")
+        if request["do"] in ("offer", "unpack"):  # the others read stdin themselves
+            threading.Thread(target=leash, daemon=True).start()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        record.close()
+
+
+def end_left(folder):
+    """End what earlier connections left at work, and remove what they left half done. The folder's lock is held."""
+    for path in sorted((folder / "running").glob("process-*")):
+        until = time.monotonic() + ENDS_WITHIN_S
+        while (free := opened_locked(path)) is None:
+            node, pid, group = (path.read_text(encoding="utf-8").split() + [""] * 3)[:3]
+            for number, how in (
+                ((pid, os.kill), (group, os.killpg)) if node == os.uname().nodename else ()
+            ):  # a home may be shared
+                if number:
+                    kill(int(number), how)
+            if time.monotonic() > until:
+                raise Refused(f"process {pid} of an earlier run is still at work in {folder} on {node}; end it there")
+            time.sleep(0.05)
+        path.unlink()
+        free.close()
+    for path in (folder / "unpacked").glob("new-*"):
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def do_hold(request):
+    """Keep the folder's lock until the leash ends. What a lost connection of the same run left at work is killed."""
+    folder, token = home(request), request["token"]
+    end = time.monotonic() + request["wait"]
+    while (lock := opened_locked(folder / "lock")) is None:
+        held = (folder / "lock").read_text(encoding="utf-8").split()
+        if len(held) == 2 and held[0] == token:
+            kill(int(held[1]), os.kill)
+        elif time.monotonic() > end:
+            raise Refused(f"another `decant device` is at work in {folder}; wait for it, or name another folder")
+        time.sleep(0.2)
+    home(request)  # a `clean` may have removed it meanwhile
+    end_left(folder)
+    lock.truncate(0)
     lock.write(f"{token} {os.getpid()}")
     lock.flush()
     say({"ok": True})
@@ -115,7 +187,7 @@ def do_receive(request):
     folder, sha = home(request) / "archives", checked(request["sha256"])
     part = folder / (sha + ".part")
     with open(part, "r+b" if part.is_file() else "w+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lost connection may have left a writer behind
+        locked_soon(file)
         file.truncate(request["from"])
         file.seek(request["from"])
         while piece := sys.stdin.buffer.read(PIECE):
@@ -130,6 +202,18 @@ def do_receive(request):
         raise Refused("what arrived is not what was sent: its sha256 differs")
     os.replace(part, folder / (sha + ".tar.gz"))
     return {"bytes": size}
+
+
+def locked_soon(file):
+    """Lock a file that a killed process may not have left yet."""
+    until = time.monotonic() + ENDS_WITHIN_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise Busy("another process still writes this archive") from None
+            time.sleep(0.05)
 
 
 def do_unpack(request):
@@ -148,7 +232,11 @@ def do_unpack(request):
             extract(file, work)
         if wrong := problem(work, request["manifest_sha256"]):
             raise Refused(wrong)
-        os.replace(work, target)
+        try:
+            os.replace(work, target)
+        except OSError:  # another was quicker
+            if problem(target, request["manifest_sha256"]) is not None:
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return {"folder": str(target), "again": True}
@@ -199,6 +287,7 @@ def do_work(request):
     command = [sys.executable, "-B", str(folder / request["script"]), *arguments]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **request["env"]}
     start, late = time.monotonic(), False
+    record = request.get("record")
     with tempfile.TemporaryFile() as out:
         child = subprocess.Popen(
             command,
@@ -208,6 +297,9 @@ def do_work(request):
             stdout=out,
             stderr=sys.stderr,
             start_new_session=True,
+            # It keeps its run's record locked, and is in it before it is the script: whoever takes over ends it, too.
+            pass_fds=[record.fileno()] if record else [],
+            preexec_fn=(lambda: os.write(record.fileno(), f" {os.getpid()}".encode())) if record else None,
         )
         threading.Thread(target=leash, args=(child.pid,), daemon=True).start()
         try:
@@ -226,9 +318,10 @@ def do_work(request):
     return {**found, "has_engines": (engines / "engines.json").is_file()}
 
 
-def leash(group):
+def leash(group=None):
     os.read(0, 1)  # not sys.stdin, whose lock would be held while Python ends
-    end(group)
+    if group is not None:
+        end(group)
     os._exit(1)
 
 
@@ -257,14 +350,14 @@ def do_clean(request):
     folder, freed = Path.home() / request["folder"], 0
     if not (folder / OWNER).is_file():
         return {"bytes": 0}
-    with open(folder / "lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Refused(f"another `decant device` is at work in {folder}; wait for it") from None
+    lock = opened_locked(folder / "lock")
+    if lock is None:
+        raise Refused(f"another `decant device` is at work in {folder}; wait for it")
+    with lock:
+        end_left(folder)
         for place, pattern in PLACES.items():
             for path in sorted((folder / place).iterdir()) if (folder / place).is_dir() else []:
-                if pattern.fullmatch(path.name) or path.name.startswith("new-"):
+                if pattern.fullmatch(path.name):
                     freed += sum(p.lstat().st_size for p in [path, *path.rglob("*")] if not p.is_dir())
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             if (folder / place).is_dir() and not any((folder / place).iterdir()):
@@ -272,7 +365,8 @@ def do_clean(request):
         if {p.name for p in folder.iterdir()} <= {OWNER, "lock"}:
             for name in (OWNER, "lock"):
                 (folder / name).unlink()
-            folder.rmdir()
+            with contextlib.suppress(OSError):  # somebody who waited for the lock begins anew
+                folder.rmdir()
     return {"bytes": freed}
 
 
