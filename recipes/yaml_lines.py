@@ -14,6 +14,8 @@ Path = tuple[str | int, ...]
 
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_HALVES = re.compile(r"[\ud800-\udfff]")  # which no file can hold, and escapes make
+HALF = "an escape that is no character of Unicode; write the character itself"
 _WORDS = {"": None, "~": None} | {
     form: meaning
     for word, meaning in (("null", None), ("true", True), ("false", False))
@@ -58,6 +60,9 @@ class Lines:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path, above)
         assert isinstance(node, yaml.ScalarNode)
+        if _HALVES.search(node.value):
+            self._problem(node, path, HALF)
+            return _HALVES.sub("?", node.value)
         return scalar(node.value) if node.style is None else node.value
 
     def _mapping(self, node: yaml.MappingNode, path: Path, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
@@ -65,6 +70,9 @@ class Lines:
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
                 self._problem(key, path, "a key must be one plain word; lists, sections and `<<` cannot be keys here")
+                continue
+            if _HALVES.search(key.value):
+                self._problem(key, path, HALF)
                 continue
             name, line = key.value, key.start_mark.line + 1
             if name in found:
