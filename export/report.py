@@ -214,11 +214,20 @@ def csv_text(rows: Iterable[Row]) -> str:
     first = ["subject", "target", "metric", "value", "low", "high", "n", "status", "reason"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(first + names)
+    writer.writerow(map(csv_cell, first + names))
     for row in rows:
         values = [getattr(row, name) for name in first] + [row.conditions.get(name) for name in names]
-        writer.writerow(["" if v is None else json.dumps(v) if isinstance(v, dict | list) else v for v in values])
+        writer.writerow(map(csv_cell, values))
     return out.getvalue()
+
+
+def csv_cell(value: Any) -> Any:
+    """A value as a cell. What a table program would take for a formula gets an apostrophe: names and reasons may be a device's."""
+    if isinstance(value, dict | list):
+        return json.dumps(value)
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return "" if value is None else value
 
 
 def markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from export.bundling.archive import shown
 from export.bundling.verify import Trust, verify
 from export.devices.address import parse_address
 from export.devices.config import DeviceConfig
-from export.devices.fleet import Job, Outcome, ask_all, run_fleet
+from export.devices.fleet import Job, Outcome, ask_all, file_hashes, run_fleet
+from export.devices.results import check_place, lock_folder
 from export.devices.ssh import Ssh
+from export.reporting.device_report import hashes_in
 from export.reporting.labels import SHIPPED
 from recipes.loading import Draft
+from recipes.lock import locked
 
 FORMAT = "decant-devices-1"
 
@@ -65,7 +69,7 @@ def devices_of(on: Sequence[str], file: Path | None, python: str | None, timeout
     Raises:
         UserError: there is none, or something is wrong with one.
     """
-    given: dict[str, Any] = {**({"python": python} if python else {}), **({"timeout": timeout} if timeout else {})}
+    given: dict[str, Any] = {**({"python": python} if python else {}), **({} if timeout is None else {"timeout": timeout})}
     named = [DeviceConfig(name=parse_address(text).name, on=text, **given) for text in on]
     listed = [] if file is None else read_devices(file)
     found = [*named, *(d.model_copy(update={k: v for k, v in given.items() if k not in d.model_fields_set}) for d in listed)]
@@ -95,13 +99,19 @@ def run(
         config: a configuration file for ssh.
 
     Raises:
+        UserError: `out` is no folder, holds files of others, or takes the results of another run now.
         GateFailed: the bundle is refused here, or a device failed a check.
         EnvironmentFailed: a device could not be reached, or can run nothing.
     """
     result = verify(bundle, trust=trust)
     progress.say(result.summary())
     job = Job(result, sha256_file(bundle), subject or f"students/{shown(result.manifest.student)}", tuple(bench), config)
-    outcomes = run_fleet(job, devices, out, progress)
+    with ExitStack() as stack:
+        for folder in (out / d.name for d in devices):
+            check_place(folder)
+            lock_folder(folder).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(lock_folder(folder)))
+        outcomes = run_fleet(job, devices, out, progress)
     show(outcomes, as_json)
     progress.say(f"Rows, reports and logs: {out}")
     judge(outcomes)
@@ -123,13 +133,24 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 
 def subject_in(run_folder: Path, bundle: Path, trust: Trust) -> str | None:
-    """Which of a run's models a bundle holds, by its name: `pruned/half` rather than `students/half` where that is in the rows."""
+    """Which of a run's models a bundle holds, by its name: `pruned/half` rather than `students/half` where that is in the rows.
+
+    Raises:
+        UserError: it is no run, or the bundle's artifacts are not those that the run has now.
+    """
     from recipes.run import run_info
 
     run_info(run_folder)
-    student = verify(bundle, trust=trust).manifest.student
+    manifest = verify(bundle, trust=trust).manifest
+    have = hashes_in(run_folder, manifest.student)
+    for (target, resolution), sha256 in file_hashes(manifest).items():
+        if have.get((target, resolution)) != sha256:
+            what = f"{shown(manifest.student)}, {shown(target)} at {resolution} px"
+            raise UserError(
+                f"{bundle} is no bundle of what {run_folder} has exported ({what}, differs); bundle the run again, or use --out."
+            )
     known = {r.subject for r in read_rows(run_folder / "rows.jsonl")}
-    return next((f"{kind}/{student}" for kind in SHIPPED if f"{kind}/{student}" in known), None)
+    return next((f"{kind}/{manifest.student}" for kind in SHIPPED if f"{kind}/{manifest.student}" in known), None)
 
 
 def show(outcomes: Sequence[Outcome], as_json: bool) -> None:
@@ -156,7 +177,8 @@ def look(devices: Sequence[DeviceConfig], config: Path | None, as_json: bool) ->
         EnvironmentFailed: a device does not answer.
     """
     shown_as = ("python", "model", "gpu", "jetpack", "l4t", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "free_gb")
-    _report(devices, config, as_json, lambda ssh: ssh.ask("about")["about"], shown_as)
+    words = ("reachable", "not reachable", "Not every device answers")
+    _report(devices, config, as_json, lambda ssh, d: ssh.ask("about", env=d.env)["about"], shown_as, words)
 
 
 def clean(devices: Sequence[DeviceConfig], config: Path | None, as_json: bool) -> None:
@@ -166,34 +188,36 @@ def clean(devices: Sequence[DeviceConfig], config: Path | None, as_json: bool) -
         EnvironmentFailed: a device does not answer, or is at work.
     """
 
-    def freed(ssh: Ssh) -> dict[str, Any]:
+    def freed(ssh: Ssh, device: DeviceConfig) -> dict[str, Any]:
         return {"freed_mb": round(ssh.ask("clean")["bytes"] / 1e6, 1)}
 
-    _report(devices, config, as_json, freed, ("freed_mb",))
+    _report(devices, config, as_json, freed, ("freed_mb",), ("clean", "not cleaned", "Not every device was cleaned"))
 
 
 def _report(
     devices: Sequence[DeviceConfig],
     config: Path | None,
     as_json: bool,
-    do: Callable[[Ssh], dict[str, Any]],
+    do: Callable[[Ssh, DeviceConfig], dict[str, Any]],
     columns: Sequence[str],
+    words: tuple[str, str, str],
 ) -> None:
+    """A line for each device. words: the state of one that answers and of one that does not, and the latter as a sentence."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     answers = ask_all(devices, config, do)
     if as_json:
-        print(json.dumps([{"name": d.name, "on": d.on, "reason": why, **(found or {})} for d, found, why in answers], indent=2))
+        print(json.dumps([{**(found or {}), "name": d.name, "on": d.on, "reason": why} for d, found, why in answers], indent=2))
     else:
         here = [c for c in columns if any(found and c in found for _, found, _ in answers)]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("device", "state", *here):
             table.add_column(column, overflow="fold")
         for d, found, why in answers:
-            state = "reachable" if found is not None else f"not reachable: {why}"
+            state = words[0] if found is not None else f"{words[1]}: {why}"
             table.add_row(d.name, state, *(shown(str((found or {}).get(c, ""))) for c in here))
         Console(file=sys.stdout, highlight=False).print(table)
     if lost := [f"{d.name}: {why}" for d, _, why in answers if why]:
-        raise EnvironmentFailed(f"Not every device answers ({'; '.join(lost)}).")
+        raise EnvironmentFailed(f"{words[2]} ({'; '.join(lost)}).")

@@ -1,5 +1,6 @@
 """Where a device is: `ssh://user@host[:port][/dir]`. What is not plainly that is refused before ssh sees any of it."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_])?")
 IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9_.-]{1,32})?")
 FOLDER_PART = re.compile(r"[A-Za-z0-9_.+][A-Za-z0-9_.+-]{0,100}")
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}(?<!\.)")
+LONGEST_NAME = 64
+NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}(?<!\.)")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Address:
     @property
     def name(self) -> str:
         """What the device is called unless it was named: its host, as part of a path."""
-        return re.sub(r"[^A-Za-z0-9_.-]", "_", self.host) + (f"_{self.port}" if self.port else "")
+        plain = re.sub(r"[^A-Za-z0-9_.-]", "_", self.host) + (f"_{self.port}" if self.port else "")
+        return plain if len(plain) <= LONGEST_NAME else f"{plain[:50]}_{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
 
 
 def parse_address(text: str) -> Address:

@@ -1,35 +1,35 @@
 """One bundle on several devices at once: each is copied to, verified, rebuilt, tested and timed by itself, and fails by itself.
 
-OUT/NAME/   device.json (what became of it), rows.jsonl, build.json, selftest.json, bench.json, log (its stderr)
-OUT/NAME/previous/   the same of the run before
+What comes home: device.json (what became of it), rows.jsonl, build.json, selftest.json, bench.json, log (its stderr), where
+results.py says.
 """
 
-import contextlib
-import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distill.files import write_json
 from distill.progress import Progress
 from distill.rows import Row, write_rows
 from export.bundling.archive import shown
-from export.bundling.verify import VerifyResult
+from export.bundling.verify import Manifest, VerifyResult
+from export.devices.answers import read_report
 from export.devices.config import DeviceConfig
+from export.devices.results import ABOUT, LOG, ROWS, begin, place
 from export.devices.rows import lost_row, rows_home
 from export.devices.ssh import DeviceFailed, Lost, Ssh, Stopped, Unreachable, sockets
 from export.devices.transfer import copy
 
+T = TypeVar("T")
 TRIES = 4  # of one step, when the connection is lost
 BACKOFF_S = 2.0
 FORMAT = "decant-device-1"
 ENGINES = "{engines}"  # the device's folder of engines, filled in there
-FILES = ("device.json", "rows.jsonl", "build.json", "selftest.json", "bench.json", "log")
 FORMATS = {"build": "decant-rebuild-1", "bench": "decant-device-bench-1", "selftest": "decant-selftest-1"}
 
 
@@ -83,18 +83,9 @@ def run_fleet(job: Job, devices: Sequence[DeviceConfig], out: Path, progress: Pr
     Raises:
         KeyboardInterrupt: the user's; work on the devices was ended, and what had come home is kept.
     """
-    with sockets() as folder, ThreadPoolExecutor(len(devices)) as pool:
+    with sockets() as folder:
         runs = [DeviceRun(job, d, out / d.name, folder, progress) for d in devices]
-        futures: list[Future] = [pool.submit(r.run) for r in runs]
-        try:
-            waiting = set(futures)
-            while waiting:
-                waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)[1]  # a signal gets its turn in between
-        except BaseException:
-            for r in runs:
-                r.ssh.stop()
-            raise
-    return [f.result() for f in futures]
+        return at_once([r.run for r in runs], [r.ssh for r in runs])
 
 
 class DeviceRun:
@@ -102,8 +93,8 @@ class DeviceRun:
 
     def __init__(self, job: Job, device: DeviceConfig, folder: Path, sockets: Path, progress: Progress):
         self.job, self.device, self.folder, self.progress = job, device, folder, progress
-        set_aside(folder)
-        self.ssh = Ssh(device.address(), device.python, job.config, folder / "log", sockets)
+        self.new = begin(folder)
+        self.ssh = Ssh(device.address(), device.python, job.config, self.new / LOG, sockets)
         self.outcome = Outcome(device.name)
         self.token = uuid.uuid4().hex
         self.begun = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -179,7 +170,7 @@ class DeviceRun:
         if found.get("absent"):
             self.outcome.steps[name] = {"status": "absent", "why": f"the bundle has no {script}"}
             return
-        step |= {"seconds": round(float(found["seconds"]), 3), "code": found["code"], "engines": bool(found["has_engines"])}
+        step |= {"seconds": round(found["seconds"], 3), "code": found["code"], "engines": found["has_engines"]}
         if found["late"]:
             step |= {"status": "failed", "why": f"{script} did not end within {d.timeout:g} s and was stopped"}
         else:
@@ -188,16 +179,17 @@ class DeviceRun:
 
     def judged(self, name: str, script: str, found: dict[str, Any]) -> dict[str, Any]:
         """A script's report, kept, and what it means."""
-        report = parsed(found["stdout"], FORMATS[name])
-        if report is None:
-            return {
-                "status": "failed",
-                "why": f"{script} ended with exit code {found['code']} and no report; its log says more",
-            }
+        try:
+            report = read_report(found["stdout"], FORMATS[name])
+        except ValueError as e:
+            why = (
+                f"{script} ended with exit code {found['code']} and no report that this version reads ({e}); its log says more"
+            )
+            return {"status": "failed", "why": why}
         self.outcome.reports[name] = report
-        write_json(self.folder / f"{name}.json", report)
+        write_json(self.new / f"{name}.json", report)
         # One script's description alone, so that a machine has one id however far a run came.
-        if name != "build" and isinstance(report.get("machine"), dict) and not self.outcome.machine:
+        if name != "build" and report.get("machine") and not self.outcome.machine:
             self.outcome.machine = {shown(str(k)): shown(str(v)) for k, v in sorted(report["machine"].items())}
         if found["code"] == 0 and report.get("exit_code") == 0:
             return {}
@@ -212,21 +204,21 @@ class DeviceRun:
         """Write what is known: rows that were measured, and a row that says why the rest was not."""
         o, job = self.outcome, self.job
         about = {"bundle_sha256": job.sha256, "on_device": o.name}
-        o.rows = rows_home(o.reports, job.subject, about, o.machine)
+        o.rows = rows_home(o.reports, job.subject, about, o.machine, file_hashes(job.bundle.manifest))
         if not any(r.metric == "latency_p50_ms" for r in o.rows):
             o.rows.append(lost_row(job.subject, o.reason or "bench.py gave no latency", about))
-        write_rows(self.folder / "rows.jsonl", o.rows)
         when = {"begun": self.begun, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "bundle_sha256": job.sha256}
-        write_json(self.folder / "device.json", {**o.to_json(), **when})
+        try:
+            write_rows(self.new / ROWS, o.rows)
+        finally:
+            write_json(self.new / ABOUT, {**o.to_json(), **when})
+            place(self.folder)
 
 
-def parsed(text: str, form: str) -> dict[str, Any] | None:
-    """A script's JSON report, if it is one of that form."""
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text)
-        if isinstance(found, dict) and found.get("format") == form:
-            return found
-    return None
+def file_hashes(manifest: Manifest) -> dict[tuple[str, int], str]:
+    """(target, resolution) -> sha256 of the file that a bundle has for it."""
+    listed = {f.path: f.sha256 for f in manifest.files}
+    return {(a.target, f.resolution): listed[f.path] for a in manifest.artifacts for f in a.files}
 
 
 def problem_of(report: dict[str, Any]) -> str | None:
@@ -238,25 +230,32 @@ def problem_of(report: dict[str, Any]) -> str | None:
     return "; ".join(shown(t) for t in list(texts)[:3]) or None
 
 
-def set_aside(folder: Path) -> None:
-    """Move what an earlier run brought home to `previous`."""
-    here = [folder / name for name in FILES if (folder / name).is_file()]
-    for path in here:
-        (folder / "previous").mkdir(exist_ok=True)
-        os.replace(path, folder / "previous" / path.name)
-
-
 def ask_all(
-    devices: Sequence[DeviceConfig], config: Path | None, do: Callable[[Ssh], dict[str, Any]]
+    devices: Sequence[DeviceConfig], config: Path | None, do: Callable[[Ssh, DeviceConfig], dict[str, Any]]
 ) -> list[tuple[DeviceConfig, dict[str, Any] | None, str | None]]:
     """One request to every device at once -> (device, its answer or None, why there is none)."""
-    with sockets() as folder, ThreadPoolExecutor(len(devices)) as pool:
 
-        def one(device: DeviceConfig) -> tuple[DeviceConfig, dict[str, Any] | None, str | None]:
-            try:
-                log = folder / f"{uuid.uuid4().hex}.log"
-                return device, do(Ssh(device.address(), device.python, config, log, folder)), None
-            except (DeviceFailed, Lost) as e:
-                return device, None, str(e)
+    def one(device: DeviceConfig, ssh: Ssh) -> tuple[DeviceConfig, dict[str, Any] | None, str | None]:
+        try:
+            return device, do(ssh, device), None
+        except (DeviceFailed, Lost) as e:
+            return device, None, str(e)
 
-        return list(pool.map(one, devices))
+    with sockets() as folder:
+        made = [(d, Ssh(d.address(), d.python, config, folder / f"{uuid.uuid4().hex}.log", folder)) for d in devices]
+        return at_once([partial(one, *pair) for pair in made], [ssh for _, ssh in made])
+
+
+def at_once(calls: Sequence[Callable[[], T]], sshs: Sequence[Ssh]) -> list[T]:
+    """Results of all calls, each in a thread of its own; what interrupts them here stops the connections too."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        try:
+            futures = [pool.submit(call) for call in calls]
+            waiting: set[Future[T]] = set(futures)
+            while waiting:
+                waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)[1]  # a signal gets its turn in between
+        except BaseException:
+            for ssh in sshs:
+                ssh.stop()
+            raise
+    return [f.result() for f in futures]

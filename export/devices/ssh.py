@@ -6,6 +6,7 @@ stays open as the leash on which the work hangs. Nothing is ever asked for at th
 
 import contextlib
 import json
+import os
 import shlex
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 
 from export.bundling.archive import shown
 from export.devices.address import Address
+from export.devices.answers import read_answer
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 REMOTE, MACHINE = TEMPLATES / "device" / "remote.py", TEMPLATES / "bundle" / "machine.py"
@@ -24,6 +26,7 @@ MARK = b"decant-device-answer-1 "
 CONNECT_S, ALIVE_S, ALIVE_COUNT = 10, 5, 3
 GRACE_S = 30.0  # what a request may take beyond its own limit, which the device keeps
 MOST_ANSWER = 64 << 20
+MOST_ERRORS, TAIL = 4 << 20, 64 << 10  # bytes of a request's stderr that are logged, and of its end that are looked at
 LOST = 255  # ssh's own exit code for whatever is wrong with the connection
 HOPELESS = ("permission denied", "host key verification failed", "bad configuration option", "too many authentication failures")
 
@@ -72,7 +75,7 @@ class Ssh:
             "ServerAliveInterval": ALIVE_S,
             "ServerAliveCountMax": ALIVE_COUNT,
             "ControlMaster": "yes" if master else "no",  # who cannot share the master's connection makes its own
-            "ControlPath": self.socket,
+            "ControlPath": '"{}"'.format(str(self.socket).replace("%", "%%")),  # read as a line of ssh's configuration
             "ControlPersist": "no",  # with the master ends everything, on the device too
             "ClearAllForwardings": "yes",
             "ForwardAgent": "no",
@@ -86,7 +89,16 @@ class Ssh:
         command += ["-p", str(a.port)] if a.port else []
         start = f"import sys;sys.path[:]=filter(None,sys.path);exec(compile(sys.stdin.buffer.read({len(script)}),'remote.py','exec'))"
         isolated = [] if request["do"] == "about" else ["-I"]  # runtimes are often among the user's own packages
-        remote = [self.python, *isolated, "-B", "-c", start, json.dumps(request | {"folder": a.folder})]
+        env = [f"{k}={v}" for k, v in request.get("env", {}).items()] if request["do"] == "about" else []
+        remote = [
+            *(["env", *env] if env else []),
+            self.python,
+            *isolated,
+            "-B",
+            "-c",
+            start,
+            json.dumps(request | {"folder": a.folder}),
+        ]
         return [*command, "--", a.host, shlex.join(remote)]
 
     def ask(self, do: str, timeout: float = 120.0, send: Callable[[Any], None] | None = None, **request: Any) -> dict:
@@ -112,11 +124,13 @@ class Ssh:
                         send(process.stdin)
                         process.stdin.close()
                 assert process.stdout is not None
-                output = process.stdout.read(MOST_ANSWER)
+                output = process.stdout.read(MOST_ANSWER + 1)
+                if len(output) > MOST_ANSWER:
+                    raise DeviceFailed(f"it answers with more than {MOST_ANSWER >> 20} MB")
                 process.wait()
             finally:
                 timer.cancel()
-            return self.answer(process.returncode, output, errors())
+            return self.answer(do, process.returncode, output, errors())
 
     @contextlib.contextmanager
     def held(self, token: str, wait: float = 10.0) -> Iterator[None]:
@@ -129,11 +143,13 @@ class Ssh:
             assert process.stdout is not None
             timer = threading.Timer(CONNECT_S + GRACE_S, end, [process])
             timer.start()
-            output = b""
-            while MARK not in output and (line := process.stdout.readline(1 << 16)):
-                output += line
+            line, read = b"", 0
+            while not line.startswith(MARK) and read < MOST_ANSWER and (line := process.stdout.readline(1 << 16)):
+                read += len(line)
             timer.cancel()
-            self.answer(process.wait() if MARK not in output else 0, output, errors())
+            if read >= MOST_ANSWER:
+                raise DeviceFailed(f"it answers with more than {MOST_ANSWER >> 20} MB")
+            self.answer("hold", 0 if line.startswith(MARK) else process.wait(), line, errors())
             self.token = token
             try:
                 yield
@@ -146,44 +162,37 @@ class Ssh:
         if self.stopped.is_set():
             raise Stopped
         script = REMOTE.read_bytes() if request["do"] != "about" else MACHINE.read_bytes() + b"\n" + REMOTE.read_bytes()
-        # Not a pipe: whoever inherits stderr could keep it open, and nobody has to read it meanwhile.
-        with open(self.log, "ab+") as log:
-            log.seek(0, 2)
-            begin = log.tell()
-
-            def errors() -> str:
-                log.seek(begin)
-                return log.read(1 << 20).decode("utf-8", "replace")
-
-            try:
-                process = subprocess.Popen(
-                    self.command(request, master, script),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            except FileNotFoundError:
-                raise Unreachable("there is no `ssh` on this machine; install OpenSSH's client") from None
+        try:
+            process = subprocess.Popen(
+                self.command(request, master, script),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except FileNotFoundError:
+            raise Unreachable("there is no `ssh` on this machine; install OpenSSH's client") from None
+        with self.lock:
+            self.running.add(process)
+        said = Errors(process, self.log)
+        try:
+            if self.stopped.is_set():
+                raise Stopped
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                process.stdin.write(script)
+                process.stdin.flush()
+            yield process, said.tail
+        finally:
             with self.lock:
-                self.running.add(process)
-            try:
-                if self.stopped.is_set():
-                    raise Stopped
-                assert process.stdin is not None
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    process.stdin.write(script)
-                    process.stdin.flush()
-                yield process, errors
-            finally:
-                with self.lock:
-                    self.running.discard(process)
-                process.kill()
-                process.wait()
-                for pipe in (process.stdin, process.stdout):
-                    with contextlib.suppress(OSError):
-                        assert pipe is not None
-                        pipe.close()
+                self.running.discard(process)
+            process.kill()
+            process.wait()
+            said.tail()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    assert pipe is not None
+                    pipe.close()
 
     def stop(self) -> None:
         """End whatever runs, and let nothing begin. From any thread."""
@@ -192,7 +201,7 @@ class Ssh:
             for process in self.running:
                 end(process)
 
-    def answer(self, code: int, output: bytes, errors: str) -> dict[str, Any]:
+    def answer(self, do: str, code: int, output: bytes, errors: str) -> dict[str, Any]:
         """What came back, read."""
         if self.stopped.is_set():
             raise Stopped
@@ -200,15 +209,13 @@ class Ssh:
         marked = [line for line in output.split(b"\n") if line.startswith(MARK)]
         if marked and code == 0:
             try:
-                found = json.loads(marked[-1][len(MARK) :])
-                ok = found["ok"]
-            except (ValueError, RecursionError, KeyError, TypeError) as e:
-                raise DeviceFailed("its answer is none that this version reads") from e
-            if not ok and found.get("again") is True:
-                raise Lost(shown(str(found.get("why"))))
-            if not ok:
-                raise DeviceFailed(shown(str(found.get("why"))))
-            return found
+                found = read_answer(do, marked[-1][len(MARK) :])
+            except ValueError as e:
+                raise DeviceFailed(f"its answer to `{do}` is none that this version reads: {e}") from e
+            if found["ok"]:
+                return found
+            why = shown(str(found.get("why")))
+            raise Lost(why) if found.get("again") is True else DeviceFailed(why)
         if code == LOST and any(
             word in said.lower() for word in HOPELESS
         ):  # of the last line: what the device wrote is before it
@@ -218,6 +225,34 @@ class Ssh:
         if code > 0 and code != LOST:
             raise DeviceFailed(f"its Python ended with {code} ({said}); 3.9 or newer is needed")
         raise Lost(said)
+
+
+class Errors:
+    """What an ssh writes to stderr goes to the log, up to a limit, and its end is kept.
+
+    A thread reads it, for as long as anyone has it open: who inherits stderr may outlive the request, so nobody waits for that.
+    """
+
+    def __init__(self, process: subprocess.Popen, log: Path):
+        self.process, self.log, self.end = process, log, b""
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        room = MOST_ERRORS
+        with self.process.stderr as stderr, contextlib.suppress(OSError), open(self.log, "ab", buffering=0) as log:
+            while piece := os.read(stderr.fileno(), 1 << 16):
+                self.end = (self.end + piece)[-TAIL:]
+                if room > 0:
+                    log.write(piece[:room] if len(piece) <= room else piece[:room] + b"\n[and more]\n")
+                room -= len(piece)
+
+    def tail(self) -> str:
+        """The last of it, once ssh has ended."""
+        if self.process.poll() is not None:
+            self.thread.join(1.0)
+        return self.end.decode("utf-8", "replace")
 
 
 def end(process: subprocess.Popen) -> None:

@@ -27,14 +27,17 @@ def copy(ssh: Ssh, path: Path, sha256: str, unpacked: int, progress: Progress, t
         progress.say(f"{title}: the archive on the device was changed since it was copied; copied again", warning=True)
     if offer["whole"]:
         return 0
-    start = usable(path, int(offer["bytes"]), str(offer["sha256"]))
+    start = usable(path, offer["bytes"], offer["sha256"])
     with open(path, "rb") as file, progress.task(f"copy to {title}", -(-size // UNIT), "KiB", start // UNIT) as task:
         file.seek(start)
 
         def send(out: BinaryIO) -> None:
+            told = start // UNIT
             while piece := file.read(PIECE):
                 out.write(piece)
-                task.advance(len(piece) // UNIT)
+                now = -(-file.tell() // UNIT)
+                task.advance(now - told)
+                told = now
 
         limit = 120 + (size - start) / SLOWEST
         done = ssh.ask("receive", timeout=limit, send=send, sha256=sha256, bytes=size, **{"from": start})

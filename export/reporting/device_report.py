@@ -1,13 +1,16 @@
 """What the report says of devices: RUN/devices/NAME, as `decant device run --run RUN` brought it home."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.errors import UserError
 from distill.files import read_json, sha256_file
 from distill.rows import Row, read_rows
+from export.artifact import NAME, read_artifact
+from export.devices.results import ABOUT, LAST_ATTEMPT, failed_attempt
 from export.reporting.labels import label_of, short_name
 
 FOLDER = "devices"
@@ -37,17 +40,46 @@ def collect(run_folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted((run_folder / FOLDER).glob("*/device.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is left out: the rest is still a report
-            found.append(_device(path))
+            found.append(_device(path, run_folder))
     return found
 
 
-def _device(path: Path) -> dict[str, Any]:
-    about, rows = read_json(path), read_rows(path.with_name("rows.jsonl"))
+def _device(path: Path, run_folder: Path) -> dict[str, Any]:
+    about, every = read_json(path), read_rows(path.with_name("rows.jsonl"))
+    have = {r.subject: set(hashes_in(run_folder, r.subject.partition("/")[2]).values()) for r in every}
+    rows = [r for r in every if _of_today(r, have[r.subject])]
+    notes = [about["reason"]] if about["reason"] else []
+    if len(rows) < len(every):
+        notes.append(
+            f"{len(every) - len(rows)} numbers are of files that the run no longer has and are left out; measure again"
+        )
+    if later := failed_attempt(path.parent):
+        notes.append(f"a later attempt ({later.get('ended')}) measured nothing: {later.get('reason')}")
     return {
-        **{k: about[k] for k in ("name", "status", "reason", "machine", "steps", "ended", "bundle_sha256")},
+        **{k: about[k] for k in ("name", "status", "machine", "steps", "ended", "bundle_sha256")},
+        "reason": "; ".join(notes) or None,
         "machine_id": next((str(r.conditions["machine"]) for r in rows if "machine" in r.conditions), None),
         "rows": [r.model_dump(exclude_none=True) for r in rows],
     }
+
+
+def _of_today(row: Row, have: Collection[str]) -> bool:
+    """Whether the run still has the file that was measured, or that an engine was built from."""
+    c = row.conditions
+    sha256 = c.get("artifact_sha256") or c.get("built_from_sha256")
+    return not sha256 or sha256 in have
+
+
+def hashes_in(run_folder: Path, student: str) -> dict[tuple[str, int], str]:
+    """(target, resolution) -> sha256 of the file that a run has exported for it."""
+    found: dict[tuple[str, int], str] = {}
+    if Path(student).name != student:  # a bundle's word
+        return found
+    for path in sorted((run_folder / "export" / student).glob(f"*/{NAME}")):
+        with suppress(UserError):  # a damaged one is as good as none
+            artifact = read_artifact(path.parent)
+            found.update({(artifact.target, f.resolution): f.sha256 for f in artifact.files})
+    return found
 
 
 def rows_of(devices: Sequence[dict[str, Any]]) -> list[Row]:
@@ -56,8 +88,10 @@ def rows_of(devices: Sequence[dict[str, Any]]) -> list[Row]:
 
 def fingerprints(run_folder: Path) -> dict[str, str]:
     """What decides that the report has other devices to show: hashes of what came home."""
-    paths = sorted((run_folder / FOLDER).glob("*/rows.jsonl"))
-    return {f"device {p.parent.name}": sha256_file(p) for p in paths}
+    folders = sorted(p.parent for p in (run_folder / FOLDER).glob("*/rows.jsonl"))
+    later = {f"device {p.name}, later attempt": p / LAST_ATTEMPT / ABOUT for p in folders}
+    paths = {f"device {p.name}": p / "rows.jsonl" for p in folders} | {k: p for k, p in later.items() if p.is_file()}
+    return {name: sha256_file(path) for name, path in paths.items()}
 
 
 def device_lines(rows: Sequence[Row]) -> list[DeviceLine]:

@@ -36,6 +36,20 @@ def test_addresses(text, again):
     assert parse_address(again) == parse_address(text)
 
 
+def test_a_long_host_gets_a_name_that_fits():
+    a, b = (f"{'a' * 70}.{end}" for end in ("one", "two"))
+    first, second = devices_of([f"ssh://{a}", f"ssh://{b}"], None, None, None)
+    assert first.name != second.name
+    assert len(first.name) <= 64
+    assert first.address().host == a
+
+
+def test_a_socket_folder_of_any_name_is_one_word_of_sshs_configuration(tmp_path):
+    ssh = Ssh(parse_address("ssh://host"), "python3", None, tmp_path / "log", tmp_path / "a b%h")
+    (path,) = [part for part in ssh.command({"do": "about"}, False, b"") if part.startswith("ControlPath=")]
+    assert path == f'ControlPath="{tmp_path}/a b%%h/{ssh.socket.name}"'
+
+
 def test_no_part_of_an_address_becomes_an_option_or_a_second_command(tmp_path):
     ssh = Ssh(parse_address("ssh://me@host:22/~/dir"), "py'; touch x; '", None, tmp_path / "log", tmp_path)
     command = ssh.command({"do": "about"}, False, b"")
@@ -58,6 +72,12 @@ def test_device_files(tmp_path):
     file.write_text("devices:\n  - {name: a, on: ssh://one, pyhton: x}\n")
     with pytest.raises(UserError, match=r"devices\.yaml:2: devices.*pyhton.*did you mean python"):
         read_devices(file)
+    file.write_text('devices:\n  - {name: a, on: ssh://one, env: {A: "\\ud800"}}\n')
+    with pytest.raises(UserError, match=r"devices\.yaml:2: devices\.0\.env\.A: an escape that is no character"):
+        read_devices(file)
+    for wrong in (0.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="timeout must lie in"):
+            devices_of(["ssh://one"], None, None, wrong)
     file.write_text("- {name: a, on: ssh://one}\n")
     with pytest.raises(UserError, match="begins with `devices:`"):
         read_devices(file)

@@ -1,6 +1,8 @@
 """A bundle on devices, through a fake `ssh` that runs everything on this machine."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from export.reporting.report_schema import Report
 from recipes.cli import app
 from recipes.device import clean, look
 from recipes.device import run as run_command
+from recipes.lock import locked
 
 FAST = ("--seconds", "0.02", "--openings", "3", "--rounds", "2")
 
@@ -35,6 +38,12 @@ FAST = ("--seconds", "0.02", "--openings", "3", "--rounds", "2")
 def bundle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     return tiny_bundle(folder, tiny_artifacts(folder, ["onnx-fp32"]), BundleConfig(golden_images=2))
+
+
+def exported(run: Path, bundle: Path) -> Path:
+    """A run's folder whose exports are those of the bundle."""
+    shutil.copytree(bundle.parent / "onnx-fp32", run / "export/small/onnx-fp32")
+    return run
 
 
 @pytest.fixture
@@ -226,7 +235,7 @@ def test_a_device_without_python_or_room(lab, job, tmp_path):
 
 
 def test_rows_land_in_the_report(lab, bundle, tmp_path, capsys, monkeypatch):
-    run, devices = tmp_path / "run", [device("one"), device("dead")]
+    run, devices = exported(tmp_path / "run", bundle), [device("one"), device("dead")]
     monkeypatch.setattr("export.devices.fleet.TRIES", 1)
     with pytest.raises(EnvironmentFailed, match="dead: the connection was lost"):
         run_command(bundle, devices, Trust(), run / "devices", "pruned/small", FAST, None, True, QUIET)
@@ -249,11 +258,19 @@ def test_rows_land_in_the_report(lab, bundle, tmp_path, capsys, monkeypatch):
     assert "| one | pruned small, ONNX FP32 | 32 | 1 |" in (tmp_path / "report/report.md").read_text()
     assert "On devices" in page.read_text()
     assert "No route to host" in page.read_text()
+    write_json(run / "devices/one/last_attempt/device.json", {"ended": "today", "reason": "it was off"})
+    artifact = run / "export/small/onnx-fp32/artifact.json"
+    write_json(artifact, json.loads(artifact.read_text().replace(sha256_file(artifact.with_name("model_32.onnx")), "0" * 64)))
+    _, one = device_report.collect(run)
+    assert {r["conditions"]["resolution"] for r in one["rows"]} == {48}
+    assert "numbers are of files that the run no longer has" in one["reason"]
+    assert "a later attempt (today) measured nothing: it was off" in one["reason"]
+    assert set(device_report.fingerprints(run)) == {"device dead", "device one", "device one, later attempt"}
     assert ",pruned/small,onnx-fp32,latency_p50_ms," in "," + (tmp_path / "report/report.csv").read_text().replace("\n", "\n,")
 
 
 def test_the_command(lab, bundle, tmp_path, capsys):
-    run, python = tmp_path / "run", ["--python", sys.executable]
+    run, python = exported(tmp_path / "run", bundle), ["--python", sys.executable]
     write_json(run / "run.json", {"format": "decant-run-1", "recipe": "tiny"})
     own = Row(metric="size_mb", value=1.0, subject="qad/small", target="onnx-fp32")
     write_rows(run / "rows.jsonl", [own])
@@ -265,26 +282,77 @@ def test_the_command(lab, bundle, tmp_path, capsys):
     both = CliRunner().invoke(app, ["device", "run", str(bundle), *options, "--out", str(tmp_path)])
     assert both.exit_code == 2
     assert "give one of them" in both.output
-    bad = CliRunner().invoke(app, ["device", "run", str(bundle), "--on", "ssh://-x"])
-    assert bad.exit_code == 2
-    assert (
-        CliRunner().invoke(app, ["device", "run", str(bundle), "--on", "ssh://locked", "--out", str(tmp_path / "o")]).exit_code
-        == 3
-    )
+    shutil.rmtree(run / "export/small")
+    foreign = CliRunner().invoke(app, ["device", "run", str(bundle), *options])
+    assert foreign.exit_code == 2
+    assert "is no bundle of what" in foreign.output
 
 
-def test_an_interrupt_stops_all_and_keeps_what_came_home(lab, bundle, tmp_path):
-    """As by Ctrl-C in a terminal."""
+def test_bad_usage_is_exit_code_2_at_once(lab, bundle, tmp_path):
+    file, mine = tmp_path / "file", tmp_path / "mine/locked"
+    file.write_text("")
+    mine.mkdir(parents=True)
+    (mine / "thesis.txt").write_text("")
+    cases = {
+        "ssh://user@host": ["--on", "ssh://-x"],
+        "which is no file": ["--ssh-config", str(tmp_path / "nope")],
+        "is a file, and results need a folder": ["--out", str(file)],
+        "holds thesis.txt": ["--out", str(tmp_path / "mine")],
+        "--seconds must lie": ["--seconds", "inf"],
+        "timeout must lie": ["--timeout", "0"],
+    }
+    for sentence, options in cases.items():
+        done = CliRunner().invoke(
+            app, ["device", "run", str(bundle), "--out", str(tmp_path / "o"), "--on", "ssh://locked", *options]
+        )
+        assert (done.exit_code, sentence in done.output) == (2, True), done.output
+    assert lab.asked() == []
+    run = ["device", "run", str(bundle), "--on", "ssh://locked", "--out", str(tmp_path / "o")]
+    (tmp_path / "o/.attempts/locked").mkdir(parents=True)
+    with locked(tmp_path / "o/.attempts/locked"):
+        busy = CliRunner().invoke(app, run)
+    assert (busy.exit_code, "is in use by another run" in busy.output) == (2, True)
+    assert CliRunner().invoke(app, run).exit_code == 3
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupt_stops_all_and_keeps_what_came_home(lab, bundle, tmp_path, number, code):
+    """As by Ctrl-C in a terminal, by a scheduler, and by a terminal that closes."""
     lines = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     env = beside_selftest(tmp_path / "site", lines)
     file = tmp_path / "devices.yaml"
     file.write_text(f"devices:\n  - {{name: one, on: 'ssh://one', python: '{sys.executable}', env: {json.dumps(env)}}}\n")
     command = [sys.executable, "-m", "recipes.cli", "device", "run", str(bundle), "--devices", str(file), "--seconds", "0.02"]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    (tmp_path / "t").mkdir()
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path / "t")},
+    )
     pid = int(waited(tmp_path / "pid"))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert gone(pid)
     assert json.loads((tmp_path / "out/one/device.json").read_text())["status"] == "stopped"
     assert any(r.metric == "latency_p50_ms" and r.status == "measured" for r in read_rows(tmp_path / "out/one/rows.jsonl"))
+    assert list((tmp_path / "t").glob("dd-*")) == []
+
+
+def test_an_interrupt_ends_list_at_once(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ssh").write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}\nexec sleep 600\n")
+    (tmp_path / "bin/ssh").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    process = subprocess.Popen([sys.executable, "-m", "recipes.cli", "device", "list", "--on", "ssh://x"], env=env)
+    pid = int(waited(tmp_path / "pid"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert gone(pid)
+
+
+def test_list_uses_the_environment_of_the_device_file(lab, tmp_path, capsys):
+    (tmp_path / "onnxruntime.py").write_text("__version__ = 'of mine'")
+    look([device("one", env={"PYTHONPATH": str(tmp_path)})], None, True)
+    assert json.loads(capsys.readouterr().out)[0]["onnxruntime"] == "of mine"
