@@ -60,7 +60,8 @@ def decant(
 
     Begin with `decant run quickstart`: it needs no data, no network and no GPU.
 
-    Exit codes: 0 done, 1 a gate failed, 2 bad usage or recipe, 3 the machine lacks something, 130 (Ctrl-C) or 143 (SIGTERM) interrupted.
+    Exit codes: 0 done, 1 a gate failed, 2 bad usage or recipe, 3 the machine lacks something; interrupted by Ctrl-C 130, SIGTERM 143,
+    SIGHUP 129.
     """
 
 

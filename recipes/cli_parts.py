@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill.errors import DecantError
+from recipes.signals import exit_code
 
 if TYPE_CHECKING:
     from distill.progress import Progress
@@ -63,7 +64,7 @@ def sentences() -> Iterator[Crash]:
     except DecantError as e:
         _tell(e, str(e), e.exit_code)
     except KeyboardInterrupt as e:
-        _tell(e, "Stopped.", 130)
+        _tell(e, "Stopped.", exit_code(e))
     except Exception as e:
         _tell(e, _bug(e, crash), 1)
 

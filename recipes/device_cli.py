@@ -7,6 +7,7 @@ import typer
 
 from distill.errors import UserError
 from recipes.cli_parts import Bundle, Keys, Quiet, RequireSignature, collect_garbage, progress, sentences
+from recipes.signals import TERM_AND_HANGUP, interrupting
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Test and time a bundle on other machines, over ssh.")
 
@@ -42,7 +43,7 @@ def run(
         float | None, typer.Option("--timeout", metavar="S", help="Seconds that one step may take there. By default 1800.")
     ] = None,
     batch: Annotated[list[int], typer.Option("--batch", min=1, help="Images a call; may be repeated. By default 1.")] = [],  # noqa: B006
-    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="Timed seconds of each file and batch.")] = 2.0,
+    seconds: Annotated[float, typer.Option("--seconds", help="Timed seconds of each file and batch.")] = 2.0,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Of the device's CPU; 0: its runtime decides.")] = 0,
     ssh_config: SshConfig = None,
     as_json: AsJson = False,
@@ -53,7 +54,7 @@ def run(
     Uses your `ssh` with its keys, agent, aliases and jump hosts; `ssh HOST` must work without a question. It runs code of the bundle on
     the devices: --key says whose it must be. Exit code 1 when a device fails a check, 3 when one cannot be reached.
     """
-    with sentences():
+    with sentences(), interrupting(TERM_AND_HANGUP):
         from export.reporting.device_report import FOLDER
         from recipes.device import devices_of, subject_in
         from recipes.device import run as run_on
@@ -62,6 +63,10 @@ def run(
         collect_garbage()
         if run is not None and out is not None:
             raise UserError("--run and --out both say where the results go; give one of them.")
+        if not 0.01 <= seconds <= 86400:
+            raise UserError(f"--seconds must lie in 0.01..86400, got {seconds:g}.")
+        if ssh_config is not None and not ssh_config.is_file():
+            raise UserError(f"--ssh-config names {ssh_config}, which is no file.")
         found = devices_of(on, devices, python, timeout)
         trust = trust_in(key, require_signature)
         options = ["--seconds", str(seconds), "--threads", str(threads), *(part for b in batch for part in ("--batch", str(b)))]
@@ -81,7 +86,7 @@ def look(
     as_json: AsJson = False,
 ) -> None:
     """Say which devices answer, and what each has: Python, runtimes, GPU, JetPack, free disk."""
-    with sentences():
+    with sentences(), interrupting(TERM_AND_HANGUP):
         from recipes.device import devices_of
         from recipes.device import look as look_at
 
@@ -97,7 +102,7 @@ def clean(
     as_json: AsJson = False,
 ) -> None:
     """Remove from devices what `decant device run` put there, and nothing else."""
-    with sentences():
+    with sentences(), interrupting(TERM_AND_HANGUP):
         from recipes.device import clean as clean_up
         from recipes.device import devices_of
 

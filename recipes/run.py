@@ -11,8 +11,6 @@ import contextlib
 import errno
 import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from recipes import marks, ranks
 from recipes.decide import Book, Decision, decide, names_of
 from recipes.lock import locked
 from recipes.marks import DONE, SKIPPED, STARTED, Stage
+from recipes.signals import exit_code, interrupting
 
 __all__ = ["Decision", "Interrupted", "Stage", "decide", "execute", "run_info"]
 
@@ -36,10 +35,6 @@ class Interrupted(DecantError):
     """Ctrl-C or SIGTERM: nothing is lost, the same command continues."""
 
     exit_code = 130
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, on the same way out as Ctrl-C."""
 
 
 def execute(
@@ -234,17 +229,12 @@ def _now() -> str:
 @contextlib.contextmanager
 def _sentences(run_folder: Path) -> Iterator[None]:
     """Turn the ways in which a machine stops a run into sentences; SIGTERM ends a run as Ctrl-C does."""
-
-    def on_term(signum: int, frame: object) -> None:
-        raise _Terminated
-
-    main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, on_term) if main else None
     try:
-        yield
+        with interrupting():
+            yield
     except KeyboardInterrupt as e:
         stopped = Interrupted("Stopped. Nothing that was done is lost: the same command continues.")
-        stopped.exit_code = 143 if isinstance(e, _Terminated) else 130
+        stopped.exit_code = exit_code(e)
         raise stopped from e
     except DecantError:
         raise
@@ -256,9 +246,6 @@ def _sentences(run_folder: Path) -> Iterator[None]:
             what = "The memory does not suffice. Lower the batch, the crops (number or size) or the prototypes."
             raise EnvironmentFailed(f"{what} {again}") from e
         raise
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, previous)
 
 
 def _no_space(error: BaseException | None) -> bool:
