@@ -20,7 +20,10 @@ Python = Annotated[
     str | None, typer.Option("--python", help="The device's Python that has the runtimes, or a path there. By default python3.")
 ]
 SshConfig = Annotated[
-    Path | None, typer.Option("--ssh-config", metavar="FILE", help="A configuration file for ssh, in place of your own.")
+    Path | None,
+    typer.Option(
+        "--ssh-config", metavar="FILE", exists=True, dir_okay=False, help="A configuration file for ssh, in place of your own."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -65,8 +68,6 @@ def run(
             raise UserError("--run and --out both say where the results go; give one of them.")
         if not 0.01 <= seconds <= 86400:
             raise UserError(f"--seconds must lie in 0.01..86400, got {seconds:g}.")
-        if ssh_config is not None and not ssh_config.is_file():
-            raise UserError(f"--ssh-config names {ssh_config}, which is no file.")
         found = devices_of(on, devices, python, timeout)
         trust = trust_in(key, require_signature)
         options = ["--seconds", str(seconds), "--threads", str(threads), *(part for b in batch for part in ("--batch", str(b)))]

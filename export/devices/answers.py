@@ -60,6 +60,7 @@ class About(Answer):
     about: dict[str, Scalar]
 
 
+FORMS = {form.__name__ for form in (Whole, Part, Absent, Worked)}  # of which an error says which was tried
 ANSWERS: dict[str, TypeAdapter] = {
     "hold": TypeAdapter(Answer),
     "offer": TypeAdapter(Whole | Part),
@@ -105,7 +106,7 @@ def read_answer(do: str, text: bytes) -> dict[str, Any]:
     try:
         return ANSWERS[do].validate_python(found).model_dump()
     except ValidationError as e:
-        raise ValueError(first_problem(e, "answer")) from e
+        raise ValueError(a_problem(e, "answer")) from e
 
 
 def read_report(text: str, form: str) -> dict[str, Any]:
@@ -120,13 +121,14 @@ def read_report(text: str, form: str) -> dict[str, Any]:
     try:
         Report.model_validate(found)
     except ValidationError as e:
-        raise ValueError(first_problem(e, "report")) from e
+        raise ValueError(a_problem(e, "report")) from e
     return found
 
 
-def first_problem(error: ValidationError, name: str) -> str:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    return f"its {name} has a wrong {shown('.'.join(map(str, problem['loc'])) or 'form')}"
+def a_problem(error: ValidationError, name: str) -> str:
+    problem = error.errors(include_url=False, include_input=False)[-1]  # of several forms, the last is the usual one
+    where = [str(part) for part in problem["loc"] if part not in FORMS]
+    return f"its {name} has a wrong {shown('.'.join(where)) or 'form'}"
 
 
 def sound(text: bytes, name: str) -> dict[str, Any]:

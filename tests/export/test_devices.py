@@ -295,7 +295,7 @@ def test_bad_usage_is_exit_code_2_at_once(lab, bundle, tmp_path):
     (mine / "thesis.txt").write_text("")
     cases = {
         "ssh://user@host": ["--on", "ssh://-x"],
-        "which is no file": ["--ssh-config", str(tmp_path / "nope")],
+        "does not exist": ["--ssh-config", "/nope"],
         "is a file, and results need a folder": ["--out", str(file)],
         "holds thesis.txt": ["--out", str(tmp_path / "mine")],
         "--seconds must lie": ["--seconds", "inf"],

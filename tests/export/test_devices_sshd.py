@@ -1,6 +1,9 @@
 """A bundle on devices over a real sshd on the loopback."""
 
+import contextlib
+import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from tiny_bundle import tiny_artifacts, tiny_bundle
 from distill.files import sha256_file
 from export.bundle import BundleConfig
 from export.bundling.verify import verify
+from export.devices import ssh as ssh_module
 from export.devices import transfer
 from export.devices.fleet import DeviceRun, Job, run_fleet
 from export.devices.ssh import Lost, Ssh
@@ -79,6 +83,62 @@ def test_a_device_that_disappears_in_the_middle_ends_its_work_and_is_tried_again
     assert gone(pid)
     thread.join(60)
     assert (run.outcome.status, run.outcome.reason) == ("done", None)
+
+
+class Stalling:
+    """A way to an sshd that can fall silent: connections stay open and nothing passes any more, as when a cable is pulled."""
+
+    def __init__(self, port: int):
+        self.target, self.pairs, self.silent = port, [], set()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def stall(self) -> None:
+        """From here on nothing passes through the connections that there are."""
+        self.silent.update(range(len(self.pairs)))
+
+    def _serve(self) -> None:
+        while True:
+            near, far = self.listener.accept()[0], socket.create_connection(("127.0.0.1", self.target))
+            self.pairs.append((near, far))
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=self._pass, args=(*pair, len(self.pairs) - 1), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, number: int) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(8192):
+                if number in self.silent:
+                    return
+                sink.sendall(piece)
+        if number not in self.silent:
+            for end in (source, sink):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_connection_that_is_lost_without_a_word_leaves_nothing_beside_the_next(sshd, job, tmp_path, monkeypatch):
+    monkeypatch.setattr(ssh_module, "ALIVE_S", 1)
+    way, pid_file = Stalling(sshd.port), str(tmp_path / "pid")
+    once = f"if not os.path.exists({pid_file!r}):\n    open({pid_file!r}, 'w').write(str(os.getpid()))\n    time.sleep(600)"
+    client = tmp_path / "client"
+    client.write_text(f"{sshd.config.read_text()}HostKeyAlias [127.0.0.1]:{sshd.port}\n")
+    env = beside_selftest(tmp_path / "site", once, "bench.py")
+    address = sshd.address(tmp_path / "device").replace(f":{sshd.port}/", f":{way.port}/")
+    run = DeviceRun(
+        replace(job, config=client),
+        device("one", env=env).model_copy(update={"on": address}),
+        tmp_path / "out",
+        tmp_path,
+        QUIET,
+    )
+    thread = threading.Thread(target=run.run)
+    thread.start()
+    pid = int(waited(tmp_path / "pid"))
+    way.stall()
+    thread.join(120)
+    assert (run.outcome.status, run.outcome.reason) == ("done", None)
+    assert gone(pid, 0.5)
 
 
 def test_stopping_here_ends_the_work_there(sshd, job, tmp_path):
