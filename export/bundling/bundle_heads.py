@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from distill.errors import UserError
-from distill.evaluate.dense_head import Head
 from distill.evaluate.kept_heads import KeptHead
+from distill.evaluate.linear_head import Head
 from export.artifact import Artifact
 from export.bundling import golden
 from export.bundling.golden import Tolerance

@@ -11,7 +11,7 @@ import json
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from distill.evaluate.dense_head import Head
+from distill.evaluate.linear_head import Head
 
 OPSET, IR_VERSION = 17, 8  # what every runtime of the last years reads
 

@@ -17,9 +17,9 @@ from distill.errors import UserError
 from distill.evaluate import linear
 from distill.evaluate.classify import ClassificationTask, ClassifyConfig, classify, head_of
 from distill.evaluate.config import EvaluateConfig
-from distill.evaluate.dense_head import Head
 from distill.evaluate.judged import Judged, Outcome
 from distill.evaluate.kept_heads import head_path, kept_heads
+from distill.evaluate.linear_head import Head
 from distill.evaluate.pairs import Predictions
 from distill.evaluate.reader import ImageSets, Subject, SubjectReader
 from distill.evaluate.scores import Score, ScoreBook

@@ -14,8 +14,8 @@ from PIL import Image
 from tiny_bundle import PREPROCESS, remade, tiny_artifacts, tiny_bundle
 
 from distill.errors import GateFailed, UserError
-from distill.evaluate.dense_head import Head, predict
 from distill.evaluate.kept_heads import kept_heads
+from distill.evaluate.linear_head import Head, predict
 from distill.progress import Progress
 from export.artifact import Artifact
 from export.bundle import TEMPLATES, BundleConfig
@@ -226,7 +226,7 @@ def test_infer_says_what_a_classifier_says(good, tmp_path, bare):
 
 
 @pytest.mark.parametrize(("name", "mode", "words"), [("rooms", "L", "holds class ids"), ("far", "I;16", "holds millimetres")])
-def test_infer_draws_what_a_dense_head_says(good, tmp_path, bare, name, mode, words):
+def test_infer_draws_what_a_linear_head_says(good, tmp_path, bare, name, mode, words):
     """Of a picture that is not square: squashed it gives other features than cropped, and its map has another shape transposed."""
     unpack(good, tmp_path / "b")
     picture = tmp_path / "b/golden/image_3.png"
