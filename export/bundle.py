@@ -46,6 +46,7 @@ from export.bundling.bundle_heads import add_heads, choose_heads
 from export.bundling.dsse import SIGNATURE
 from export.bundling.keys import PrivateKey, PublicKey
 from export.bundling.model_card import model_card
+from export.bundling.ports import LAYOUTS
 from export.bundling.rebuild import kit, rebuild
 from export.bundling.sbom import sbom
 from export.bundling.signing import LINEAGE, first_envelope
@@ -60,12 +61,6 @@ COPIED = (
     *("LICENSE", "samples/cpp/main.cpp", "samples/cpp/Makefile"),
 )
 REPORT_SUFFIXES = (".html", ".json", ".csv", ".md")
-LAYOUTS = {
-    "images": "batch, channel (red, green, blue), row, column",
-    PIXELS: "batch, row, column, channel (red, green, blue), 0..255",
-    "cls": "batch, feature",
-    "patches": "batch, patch (row by row from the top left), feature",
-}
 Content = bytes | Path
 Json = dict[str, Any]
 
@@ -110,8 +105,7 @@ def build_bundle(
         files |= graphs_with_preprocess(chosen)
     images = [golden.golden_image(image) for image in golden_images[: config.golden_images]]
     vectors = add_golden(files, config, chosen, artifacts, settings, images, model_folder, progress)
-    dims = {a.target: a.dim for a in chosen}
-    heads = add_heads(files, with_heads, vectors.features, dims, config.tolerance("fp32", same=True))
+    heads = add_heads(files, with_heads, vectors.features, config.tolerance("fp32", same=True))
     given = {n: data for n, data in files.items() if isinstance(data, bytes)}
     section = rebuild(
         chosen, vectors.expected, given, lambda p: config.tolerance(p, same=False), export or ExportConfig(), model_folder

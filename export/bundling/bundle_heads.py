@@ -13,14 +13,10 @@ from export.artifact import Artifact
 from export.bundling import golden
 from export.bundling.golden import Tolerance
 from export.bundling.head_graph import head_graph, inputs_of
+from export.bundling.ports import LAYOUTS, PATCH
 from export.graphs.nodes import serialize
 from export.sessions import usual_session
 
-LAYOUTS = {
-    "cls": "batch, feature",
-    "patches": "batch, patch (row by row from the top left), feature",
-    "metres": "batch, patch (row by row from the top left)",
-}
 TORCH = "torch-fp32"
 Features = Mapping[tuple[str, int], Mapping[str, np.ndarray]]  # (target, resolution) -> expected cls and patches
 
@@ -71,13 +67,11 @@ def choose_heads(wanted: bool | list[str], kept: Sequence[KeptHead], chosen: Seq
     return list(found.values())
 
 
-def add_heads(
-    files: dict[str, Any], heads: Sequence[ChosenHead], expected: Features, dims: Mapping[str, int], tolerance: Tolerance
-) -> list[Json]:
+def add_heads(files: dict[str, Any], heads: Sequence[ChosenHead], expected: Features, tolerance: Tolerance) -> list[Json]:
     """Add the graphs and their golden outputs -> the manifest's `heads`.
 
     Args:
-        expected: the artifacts' expected outputs. dims: target -> width of its features.
+        expected: the artifacts' expected outputs.
         tolerance: of a head's own outputs, for the same features on another machine.
     """
     described = []
@@ -85,7 +79,7 @@ def add_heads(
         head, kept = chosen.head, chosen.kept
         source = chosen.targets[0]
         features = expected[source, kept.resolution]
-        data = serialize(head_graph(head, dims[source], kept.target))
+        data = serialize(head_graph(head, features["cls"].shape[1], kept.target))
         session = usual_session(data, 1)
         outputs = [port.name for port in session.get_outputs()]
         values = session.run(outputs, {n: features[n] for n in inputs_of(head)})
@@ -113,5 +107,5 @@ def add_heads(
 
 def port(found: Any, kind: str) -> Json:
     """A port of an ONNX Runtime session as the manifest has it."""
-    classes = "batch, class" if kind == "classification" else "batch, patch (row by row from the top left), class"
+    classes = "batch, class" if kind == "classification" else f"batch, {PATCH}, class"
     return {"name": found.name, "dtype": "float32", "shape": found.shape, "layout": LAYOUTS.get(found.name, classes)}
