@@ -34,7 +34,7 @@ from distill.progress import Progress
 from export import bundle as building
 from export.artifact import Artifact, read_artifact
 from export.builders import build_target
-from export.bundle import TEMPLATES, BundleConfig, build_bundle
+from export.bundle import TEMPLATES, BundleConfig, BundleInputs, build_bundle
 from export.bundling.golden import Tolerance
 from export.bundling.keys import make_keys, read_private, read_public
 from export.bundling.selftest import selftest
@@ -86,8 +86,8 @@ def images() -> list[Image.Image]:
 def build(run, out: Path, config: BundleConfig | None = None, report: Path | None = None, **changes) -> Path:
     folder, artifacts = run
     about = {"student": "small", "run": {"name": "demo"}, "artifacts": artifacts, "model_folder": folder / "student"}
-    rest = {"golden_images": images(), "report_folder": report, "lineage": {"teacher": "vit_giant"}, "out": out}
-    return build_bundle(config or BundleConfig(), **{**about, **rest, "progress": QUIET, **changes})
+    rest = {"golden_images": images(), "report_folder": report, "lineage": {"teacher": "vit_giant"}}
+    return build_bundle(config or BundleConfig(), BundleInputs(**{**about, **rest, **changes}), out, QUIET)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def run(tmp_path_factory) -> tuple[Path, list[Artifact]]:
 
 def built(run, **settings) -> Path:
     folder, artifacts = run
-    return tiny_bundle(folder, artifacts, BundleConfig(**settings), kept=kept_heads(folder / "evaluate", "students/small"))
+    return tiny_bundle(folder, artifacts, BundleConfig(**settings), heads=kept_heads(folder / "evaluate", "students/small"))
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +131,15 @@ def test_heads_of_another_size_and_of_an_artifact_alone(run, tmp_path):
     folder, artifacts = run
     evaluated(tmp_path / "e", {"far": HEADS["far"]}, "students.small-torch-fp32-99")
     kept = kept_heads(tmp_path / "e", "students/small")
-    assert verify(tiny_bundle(folder, artifacts, kept=kept)).manifest.heads == []
+    assert verify(tiny_bundle(folder, artifacts, heads=kept)).manifest.heads == []
     with pytest.raises(UserError, match="it was trained at 99 px"):
-        tiny_bundle(folder, artifacts, BundleConfig(heads=["far"]), kept=kept)
+        tiny_bundle(folder, artifacts, BundleConfig(heads=["far"]), heads=kept)
     evaluated(tmp_path / "e", {"far": HEADS["far"]}, "students.small-onnx-int8-48")
-    (only,) = verify(tiny_bundle(folder, artifacts, kept=kept_heads(tmp_path / "e", "students/small"))).manifest.heads
+    (only,) = verify(tiny_bundle(folder, artifacts, heads=kept_heads(tmp_path / "e", "students/small"))).manifest.heads
     assert (only.trained_on, only.resolution) == ("onnx-int8", 48)
     (tmp_path / "e/tasks/far/head-students.small-onnx-int8-48.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="holds no head"):
-        tiny_bundle(folder, artifacts, kept=kept_heads(tmp_path / "e", "students/small"))
+        tiny_bundle(folder, artifacts, heads=kept_heads(tmp_path / "e", "students/small"))
 
 
 def test_config_problems():
