@@ -34,23 +34,7 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             together=True,
         )
     )
-    for name, student in r.students.items():
-        if student.control:
-            stages.append(
-                Stage(
-                    name=f"control/{name}",
-                    folder=Path("control") / name,
-                    config=settings
-                    | {
-                        "student": _students(r)[name],
-                        "train": r.control_training().model_dump(),
-                        "input": r.input.model_dump(),
-                    },
-                    data=train,
-                    work=work.control(r, data, name),
-                    together=True,
-                )
-            )
+    stages += _controls(r, data, settings, train)
     stages += _derived(r, data, run, settings, train, teacher)
     exports = [stage for name in r.subjects() for stage in _exports(r, data, run, name)]
     models = tuple(s.name for s in stages)
@@ -152,6 +136,23 @@ def _files(load: LoadConfig) -> dict[str, str]:
     """What a loaded teacher's files are: their hashes, where they are there."""
     found = {p: files_of(load.kind, Path(p).expanduser()) for p in (load.path, load.heads) if p is not None}
     return {p: sha256_json({f.name: sha256_file(f) for f in files}) if files else "missing" for p, files in found.items()}
+
+
+def _controls(r: Recipe, data: Data, settings: dict, train: dict) -> list[Stage]:
+    """Students trained without the teacher, where they ask to be compared with that."""
+    own = settings | {"train": r.control_training().model_dump(), "input": r.input.model_dump()}
+    return [
+        Stage(
+            name=f"control/{name}",
+            folder=Path("control") / name,
+            config=own | {"student": _students(r)[name]},
+            data=train,
+            work=work.control(r, data, name),
+            together=True,
+        )
+        for name, student in r.students.items()
+        if student.control
+    ]
 
 
 def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:
