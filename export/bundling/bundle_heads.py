@@ -33,7 +33,7 @@ class ChosenHead:
 
 
 def choose_heads(wanted: bool | list[str], kept: Sequence[KeptHead], chosen: Sequence[Artifact]) -> list[ChosenHead]:
-    """One head a task: trained on the student in PyTorch, else on the first artifact that has one.
+    """One head a task: the one trained on the student in PyTorch where it can be served, else on the first artifact that has such a one.
 
     Only heads of the last layer and of a resolution of the artifacts can be served. `True` takes all of those, a list those alone.
 

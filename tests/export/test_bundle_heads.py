@@ -104,7 +104,9 @@ def test_what_goes_in(run, good, tmp_path):
     listed = {f.path: f.sha256 for f in result.manifest.files}
     assert all(bill[h.path]["hashes"][0]["content"] == listed[h.path] for h in heads.values())
     line = "head `rooms`: segmentation at 32 px, 3 classes, trained by this run's evaluation on the features of `torch-fp32`\n"
-    assert line in (tmp_path / "b/MODEL_CARD.md").read_text()
+    card = (tmp_path / "b/MODEL_CARD.md").read_text()
+    assert line in card
+    assert "evaluation's images; the licence of those images and labels is not stated." in card
     assert "| `far` | depth | 32 px | onnx-fp32, onnx-int8 | – | torch-fp32 |" in (tmp_path / "b/README.md").read_text()
     assert built(run).read_bytes() == good.read_bytes()
     assert [h.name for h in verify(built(run, heads=["rooms"])).manifest.heads] == ["rooms"]
@@ -137,6 +139,9 @@ def test_heads_of_another_size_and_of_an_artifact_alone(run, tmp_path):
     evaluated(tmp_path / "e", {"far": HEADS["far"]}, "students.small-onnx-int8-48")
     (only,) = verify(tiny_bundle(folder, artifacts, heads=kept_heads(tmp_path / "e", "students/small"))).manifest.heads
     assert (only.trained_on, only.resolution) == ("onnx-int8", 48)
+    evaluated(tmp_path / "e", {"far": DEEP})  # in PyTorch and of the right size, but of four layers
+    (only,) = verify(tiny_bundle(folder, artifacts, heads=kept_heads(tmp_path / "e", "students/small"))).manifest.heads
+    assert (only.trained_on, only.kind) == ("onnx-int8", "depth")
     (tmp_path / "e/tasks/far/head-students.small-onnx-int8-48.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="holds no head"):
         tiny_bundle(folder, artifacts, heads=kept_heads(tmp_path / "e", "students/small"))
