@@ -34,6 +34,7 @@ class Spec:
         build: which of the builders makes it. needs: the targets whose artifacts it is made from, the first being its source.
         ours: quantized by our planner, or not at all; the others are other people's quantizers, for comparison.
         always: can be built wherever decant is installed; another one is optional, and its rows say what is missing.
+        schema: raise it when the builder writes another file from the same settings: a finished run then exports it anew.
     """
 
     precision: Precision
@@ -42,6 +43,7 @@ class Spec:
     needs: tuple[Target, ...] = ()
     ours: bool = True
     always: bool = False
+    schema: int = 1
 
     @property
     def searches(self) -> bool:
@@ -65,15 +67,15 @@ SPECS: dict[str, Spec] = {
     "onnx-fp32": Spec("fp32", "onnxruntime", "float", always=True),
     "onnx-fp16": Spec("fp16", "onnxruntime", "float", always=True),
     "onnx-bf16": Spec("bf16", "onnxruntime", "float", always=True),
-    "onnx-int8": Spec("int8", "onnxruntime", "quantized", ("onnx-fp32",), always=True),
-    "onnx-fp8": Spec("fp8", "onnxruntime", "quantized", ("onnx-fp32",), always=True),
-    "onnx-w8": Spec("w8", "onnxruntime", "quantized", ("onnx-fp32",), always=True),
-    "onnx-w4": Spec("w4", "onnxruntime", "quantized", ("onnx-fp32",), always=True),
+    "onnx-int8": Spec("int8", "onnxruntime", "quantized", ("onnx-fp32",), always=True, schema=2),
+    "onnx-fp8": Spec("fp8", "onnxruntime", "quantized", ("onnx-fp32",), always=True, schema=2),
+    "onnx-w8": Spec("w8", "onnxruntime", "quantized", ("onnx-fp32",), always=True, schema=2),
+    "onnx-w4": Spec("w4", "onnxruntime", "quantized", ("onnx-fp32",), always=True, schema=2),
     "onnx-int8-dynamic": Spec("int8", "onnxruntime", "other", ("onnx-fp32",), ours=False),
     "onnx-int8-modelopt": Spec("int8", "onnxruntime", "other", ("onnx-fp32",), ours=False),
     "openvino-fp32": Spec("fp32", "openvino", "openvino", ("onnx-fp32",)),
     "openvino-bf16": Spec("bf16", "openvino", "openvino", ("onnx-fp32",)),
-    "openvino-int8": Spec("int8", "openvino", "openvino", ("onnx-int8",)),
+    "openvino-int8": Spec("int8", "openvino", "openvino", ("onnx-int8",), schema=2),
     "openvino-int8-nncf": Spec("int8", "openvino", "other", ("onnx-fp32",), ours=False),
     **_engines("rtx", "tensorrt_rtx"),
     **_engines("trt", "tensorrt"),

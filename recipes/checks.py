@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from distill.errors import UserError
+from distill.evaluate.task import HeadTask, ProbeTask
 from distill.models.kinds import AnyConfig, Demands, demands
 from distill.objectives import ObjectivesConfig
 from distill.train import TrainConfig
@@ -99,10 +100,21 @@ def _names(r: "Recipe") -> Iterator[Problem]:
     exported = set(in_order(list(r.export.targets)))
     if missing := [t for t in r.bundle.targets or [] if t not in exported]:
         yield "bundle.targets", f"{missing[0]} is not among export.targets"
+    yield from _bundled_heads(r)
     if r.evaluate.seed < 0:
         yield "evaluate.seed", f"must be at least 0, got {r.evaluate.seed}"
     if r.input.size not in r.resolutions():
         yield "export.resolutions", f"must contain input.size {r.input.size}: artifacts are compared with PyTorch there"
+
+
+def _bundled_heads(r: "Recipe") -> Iterator[Problem]:
+    """Heads that a bundle should hold, and that no evaluation of this recipe trains."""
+    wanted = r.bundle.heads if isinstance(r.bundle.heads, list) else []
+    able = [MAIN] if r.data.test is not None else []
+    able += [name for name, task in r.evaluate.tasks.items() if isinstance(task, HeadTask | ProbeTask)]
+    if unknown := [name for name in wanted if name not in able]:
+        there = f"; there are {', '.join(able)}" if able else ", and none does"
+        yield "bundle.heads", f"{unknown[0]} is no evaluation of this recipe that trains a head{there}"
 
 
 def _networks(r: "Recipe") -> Iterator[Problem]:

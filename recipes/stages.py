@@ -83,7 +83,6 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             config={
                 "bundle": r.bundle.model_dump(exclude={"sign_key"}),
                 "licence": None if r.teacher.load is None else r.teacher.load.licence,
-                "export": r.export.model_dump(include={"opt_batch", "engine"}),
             },
             inputs=(teacher, *_shipped(r), "evaluate", "report", *(s.name for s in exports)),
             data=data.fingerprints("test", "train") | _signer(r),
@@ -166,6 +165,7 @@ def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:
             inputs=(_stage_of(r, student), *(f"export/{student}/{t}" for t in prerequisites(target))),
             data=_export_data(r, data, target),
             work=shipping.export(r, data, run, student, target),
+            schema=SPECS[target].schema,
             optional=not SPECS[target].always,
             rows_if_skipped=partial(shipping.unmeasured, r.subjects()[student], target),
         )

@@ -19,6 +19,7 @@ def contents() -> dict[str, bytes]:
     files |= {WEIGHTS: noise.randbytes(1500), "artifacts/onnx-fp32/artifact.json": b"{}\n"}
     files |= {"golden/image_0.png": noise.randbytes(300), "golden/input_8.npy": noise.randbytes(512)}
     files |= {"heads/rooms.onnx": noise.randbytes(100), "golden/heads/rooms.npz": noise.randbytes(100)}
+    files |= {"head.py": b"# heads\n", "agreement.py": b"# agreement\n"}
     return files | {"golden/onnx-fp32/expected_8.npz": noise.randbytes(200)}
 
 

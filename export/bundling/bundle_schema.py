@@ -88,23 +88,28 @@ def head_problems(heads: Sequence[BundledHead], outputs: Mapping[tuple[str, int]
         outputs: (target, resolution) -> names of the outputs of the artifact's file there.
     """
     found = []
+    given = {key: set(names) for key, names in outputs.items()}
     for head in heads:
         name = f"the head {shown(head.name)}"
         if head.path != f"heads/{head.name}.onnx":
             found.append(f"{name} lies in {shown(head.path)} and not in heads/{shown(head.name)}.onnx")
         needed = {port.name for port in head.inputs}
+        if len(set(head.artifacts)) < len(head.artifacts):
+            found.append(f"{name} names an artifact twice")
+            continue  # a hostile list may be long; this one is refused already
         for target in head.artifacts:
-            if not needed <= set(outputs.get((target, head.resolution), ())):
+            if not needed <= given.get((target, head.resolution), set()):
                 found.append(f"{name} reads what {shown(target)} does not give at {head.resolution} px")
         if head.expected.source not in head.artifacts:
             found.append(f"{name} was proved on {shown(head.expected.source)}, which is none of its artifacts")
-        if set(head.expected.max_abs) != {port.name for port in head.outputs}:
-            found.append(f"{name} has no tolerance for its output")
         if head.kind == "depth" and (head.classes or head.ids):
             found.append(f"{name} is of depth and has classes")
         if head.kind != "depth" and head.outputs[0].shape[-1:] != [len(head.ids)]:
             found.append(f"{name} has {len(head.ids)} classes, and its output another number")
         if head.classes and len(head.classes) != len(head.ids):
             found.append(f"{name} has {len(head.classes)} names for {len(head.ids)} classes")
+        output = "metres" if head.kind == "depth" else "logits"
+        if head.outputs[0].name != output or set(head.expected.max_abs) != {output}:
+            found.append(f"{name} must give {output}, with a tolerance for it and for nothing else")
     counts = Counter(head.name.casefold() for head in heads)
     return found + [f"the head {shown(n)} appears twice" for n, count in counts.items() if count > 1]

@@ -30,6 +30,7 @@ from export.bundling.strict_model import Several, Size, Strict
 FORMAT = "decant-bundle-1"
 MANIFEST = "manifest.json"
 REQUIRED = ("LICENSE", "README.md", "infer.py", "lineage.json", "preprocess.json", "preprocess.py", "selftest.py")
+HEAD_SCRIPTS = ("head.py", "agreement.py")  # by which infer.py and selftest.py use heads
 
 
 Create = Callable[[str], BinaryIO | None]
@@ -133,7 +134,8 @@ class Manifest(Strict):
         if names != sorted(names):
             found.append("the manifest's files are not in the order of their names")
         known = set(names)
-        found += [f"{n} is missing from the manifest" for n in REQUIRED if n not in known]
+        scripts = HEAD_SCRIPTS if self.heads else ()
+        found += [f"{n} is missing from the manifest" for n in (*REQUIRED, *scripts) if n not in known]
         found += [f"its manifest speaks of {shown(p)} and does not list it" for p in self.references() if p not in known]
         if (total := sum(f.bytes for f in self.files)) > limits.total or any(f.bytes > limits.file for f in self.files):
             found.append(f"it unpacks to {total} bytes, or to a larger file, than is allowed")

@@ -196,8 +196,9 @@ class DeviceRun:
             }
         self.outcome.reports[name] = report
         write_json(self.folder / f"{name}.json", report)
-        if name != "build" and isinstance(report.get("machine"), dict):
-            self.outcome.machine |= {shown(str(k)): shown(str(v)) for k, v in sorted(report["machine"].items())}
+        # One script's description alone, so that a machine has one id however far a run came.
+        if name != "build" and isinstance(report.get("machine"), dict) and not self.outcome.machine:
+            self.outcome.machine = {shown(str(k)): shown(str(v)) for k, v in sorted(report["machine"].items())}
         if found["code"] == 0 and report.get("exit_code") == 0:
             return {}
         if found["code"] == 3:  # no TensorRT for the kit is no failure: the ONNX files still run

@@ -17,6 +17,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.graph import constants, set_constants
+from export.graphs.stored_half import store_half
 
 
 def for_openvino(model: ModelProto) -> ModelProto:
@@ -28,7 +29,9 @@ def for_openvino(model: ModelProto) -> ModelProto:
         if node.op_type == "MatMul" and (linear := graph.linear(node)):
             graph.fold_layer_scale(linear)
             graph.split_qkv(linear)
-    return graph.finished()
+    rewritten = graph.finished()
+    store_half(rewritten)  # of a convolution that went back to floats
+    return rewritten
 
 
 @dataclass

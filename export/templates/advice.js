@@ -1,4 +1,4 @@
-// Which file should I ship? The same rules, words and order as export/advice.py; a test holds the two to equal answers.
+// Which file should I ship? The same rules, words and order as export/reporting/advice.py; a test holds the two to equal answers.
 // Measured numbers come with their text: nothing is rounded here.
 function advise(candidates, wanted, name) {
   const VERSUS = { fp32: "the same model in FP32", teacher: "the teacher" };

@@ -1,7 +1,9 @@
 """bench.py of a bundle, by itself."""
 
 import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,12 @@ def test_batches_and_openings(bundle):
     assert all("at most 3 images" in r["reason"] for r in timed if r["status"] == "not measured")
     assert not any("low" in r for r in report["rows"])  # two openings are too few for an interval
     assert {r["conditions"]["openings"] for r in timed if r["status"] == "measured"} == {2}
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    hashes = {f["path"]: f["sha256"] for f in manifest["files"]}
+    assert all(r["conditions"]["artifact_sha256"] == hashes[r["conditions"]["path"]] for r in timed)
+    assert {r["conditions"]["threads"] for r in timed} == {len(os.sched_getaffinity(0))}
+    alone = bench(bundle, "--openings", "1", "--threads", "1", "--target", "onnx-fp32")[1]["rows"]
+    assert {r["conditions"]["threads"] for r in alone} == {1}
     assert {"load_s", "images_per_s", "latency_p90_ms", "latency_mean_ms"} <= {r["metric"] for r in report["rows"]}
 
 
@@ -76,12 +84,48 @@ def test_engines_that_were_built_here(bundle, tmp_path):
     assert (built["status"], built["conditions"]["built_on_device"]) == ("measured", True)
     assert str(tmp_path) not in json.dumps(report)
     assert "not the file" in next(r["reason"] for r in report["rows"] if r["target"] == "engines/changed.engine")
+    code, report = bench(bundle, "--openings", "1", "--engines", str(tmp_path), "--target", "onnx-fp32")
+    assert {r["target"] for r in report["rows"]} == {"onnx-fp32", "engines/good.engine", "engines/changed.engine"}
+    code, report = bench(bundle, "--openings", "1", "--engines", str(tmp_path), "--target", "onnx-int8")
+    assert {r["target"]: r["reason"] for r in report["rows"][:1]} == {"onnx-int8": "there is no artifact onnx-int8"}
+    assert not any(r["target"].startswith("engines/") and r["status"] == "measured" for r in report["rows"])
+
+
+def test_what_fails_in_the_middle_leaves_the_others(bundle, tmp_path):
+    """One of two files stops answering after 40 calls, as a GPU without memory would; the other keeps its numbers."""
+    unpacked = tmp_path / "b"
+    shutil.copytree(bundle, unpacked)
+    script = (unpacked / "infer.py").read_text()
+    broken = """
+    def run(self, images):
+        if self.file["resolution"] == 48:
+            Model.calls = getattr(Model, "calls", 0) + 1
+            if Model.calls > 40:
+                raise RuntimeError("CUDA out of memory\\nand more")
+        return self._run(images)
+
+    def _run(self, images):
+"""
+    assert script.count("\n    def run(self, images):\n") == 1
+    (unpacked / "infer.py").write_text(script.replace("\n    def run(self, images):\n", broken))
+    code, report = bench(unpacked, "--openings", "2", "--seconds", "0.5")
+    assert code == 1
+    timed = {(r["conditions"]["resolution"], r["status"]) for r in report["rows"] if r["metric"] == "latency_p50_ms"}
+    assert timed == {(32, "measured"), (48, "not measured")}
+    assert "RuntimeError: CUDA out of memory" in [r.get("reason") for r in report["rows"]]
 
 
 def test_what_cannot_run(bundle):
     code, report = bench(bundle, "--target", "onnx-int4")
     assert code == 1
     assert "there is no artifact onnx-int4" in report["rows"][0]["reason"]
+
+
+def test_without_its_manifest(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "b")
+    (tmp_path / "b/manifest.json").unlink()
+    code, report = bench(tmp_path / "b")
+    assert (code, "manifest.json cannot be read" in report["rows"][0]["reason"]) == (1, True)
 
 
 def test_a_stand_in_is_named(bundle, bare):

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import platform
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tiny_bundle import PREPROCESS, remade, tiny_artifacts, tiny_bundle
 from distill.errors import GateFailed, UserError
 from distill.evaluate.kept_heads import kept_heads
 from distill.evaluate.linear_head import Head, predict
+from distill.files import sha256_file
 from distill.progress import Progress
 from export.artifact import Artifact
 from export.bundle import TEMPLATES, BundleConfig
@@ -314,3 +317,40 @@ def test_agreement_counts_what_it_says():
     moved = np.array([[5, 4, 3, 2, 0, 1], [9, 1, 2, 3, 4, 5]], np.float32)
     assert code.top_agreement(logits, moved) == {"items": 2, "top1_agreement": 0.5, "top5_agreement": 0.8}
     assert "top5_agreement" not in code.top_agreement(logits[:, :5], moved[:, :5])
+
+
+def test_an_engine_answers_for_what_it_was_built_from(good, tmp_path, bare):
+    """As build_engine.py leaves it, but that the "engine" is an ONNX file, which runs without a GPU."""
+    unpack(good, tmp_path / "b")
+    onnx, folder = tmp_path / "b/artifacts/onnx-fp32/model_32.onnx", tmp_path / "engines"
+    folder.mkdir()
+    (folder / "a.engine").write_bytes(onnx.read_bytes())
+    entry = {
+        "path": "a.engine",
+        "sha256": sha256_file(onnx),
+        "bytes": onnx.stat().st_size,
+        "target": "onnx-fp32",
+        "onnx": "artifacts/onnx-fp32/model_32.onnx",
+        "onnx_sha256": sha256_file(onnx),
+        "compute_capabilities": [],
+        "runtime": "onnxruntime",
+        "versions": {},
+        "system": platform.system().lower(),
+    }
+    listed = {"format": "decant-engines-1", "engines": [{**entry, "machine": platform.machine().lower()}]}
+    (folder / "engines.json").write_text(json.dumps(listed))
+    done = bare(tmp_path / "b/selftest.py", "--json", "--seconds", "0", "--engines", str(folder))
+    assert done.returncode == 0, done.stdout
+    results = {r["check"]: r for r in json.loads(done.stdout)["results"]}
+    (mine,), (small, _) = results["engines/a.engine"]["files"], results["onnx-fp32"]["files"]
+    assert mine["heads"] == small["heads"] != {}
+
+
+def test_a_class_beyond_a_png_is_refused(good, tmp_path):
+    unpack(good, tmp_path / "b")
+    code = runpy.run_path(str(tmp_path / "b/head.py"))
+    head = {"kind": "segmentation", "ids": [0, 70_000], "classes": [], "name": "rooms"}
+    logits = np.zeros((16, 2), np.float32)
+    assert code["dense_map"](head, logits, (32, 32))[0].size == (32, 32)
+    with pytest.raises(ValueError, match="class id 70000 does not fit into a PNG"):
+        code["dense_map"](head, logits + np.array([0, 1], np.float32), (32, 32))

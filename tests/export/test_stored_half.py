@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from export.engine import build_engine
+from export.engine_config import EngineConfig
 from export.graphs.nodes import linear_nodes
 from export.graphs.stored_half import LEAST_BYTES, store_half
 from export.sessions import usual_session
@@ -70,3 +72,21 @@ def test_once_is_enough():
     model = model_with(weights())
     store_half(model)
     assert store_half(model) == 0
+
+
+def test_tensorrt_rtx_takes_a_convolution_stored_so(tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    weight = np.random.default_rng(0).normal(size=(64, 3, 14, 14)).astype(np.float32)
+    shape = ["n", 3, 28, 28]
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["images", "w"], ["cls"], name="patch_embed.proj", strides=[14, 14])],
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("cls", TensorProto.FLOAT, ["n", 64, 2, 2])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    assert store_half(model) == weight.nbytes // 2
+    (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+    built = build_engine(tmp_path / "g.onnx", tmp_path / "g.engine", "tensorrt_rtx", "fp32", (1, 1, 2), ["8.6"], EngineConfig())
+    assert built.matmul_types == {"FLOAT": 1}

@@ -423,7 +423,7 @@ MANIFESTS = {
     "hash with newline": (changed("files", 0, "sha256", to="a" * 64 + "\n"), "is wrong at files.0.sha256"),
     "hash of another file": (changed("files", 0, "sha256", to="a" * 64), "was changed: its sha256"),
     "no artifacts": (changed("artifacts", to=[]), "is wrong at artifacts"),
-    "no inference code": (changed("files", 9, "path", to="infer2.py"), "infer.py is missing from the manifest"),
+    "no inference code": (changed("files", 11, "path", to="infer2.py"), "infer.py is missing from the manifest"),
     "unlisted artifact": (changed("artifacts", 0, "files", 0, "path", to="artifacts/onnx-fp32/x"), "does not list it"),
     "artifact elsewhere": (changed("artifacts", 0, "files", 0, "path", to="infer.py"), "does not lie in artifacts/"),
     "artifact above": (changed("artifacts", 0, "files", 0, "path", to="../../x"), "../../x and does not list it"),
@@ -440,12 +440,24 @@ MANIFESTS = {
     "head of no name": (changed("heads", 0, "name", to=""), "is wrong at heads.0.name"),
     "head of another kind": (changed("heads", 0, "kind", to="detection"), "is wrong at heads.0.kind"),
     "head twice": (changed("heads", to=manifest_of(contents())["heads"] * 2), "the head rooms appears twice"),
+    "head of an artifact 100,000 times": (
+        changed("heads", 0, "artifacts", to=["a"] * 100_000),
+        "the head rooms names an artifact twice",
+    ),
+    "head that gives something else": (
+        changed("heads", 0, "outputs", 0, "name", to="zzz"),
+        "the head rooms must give logits, with a tolerance for it",
+    ),
+    "head without its script": (changed("files", 2, "path", to="agreemens.py"), "agreement.py is missing"),
     "head of no artifact": (changed("heads", 0, "artifacts", to=[]), "is wrong at heads.0.artifacts"),
     "head of another artifact": (changed("heads", 0, "artifacts", to=["x"]), "reads what x does not give at 8 px"),
     "head of another size": (changed("heads", 0, "resolution", to=9), "does not give at 9 px"),
     "head of another input": (changed("heads", 0, "inputs", 0, "name", to="x"), "reads what onnx-fp32 does not give"),
     "head proved on another": (changed("heads", 0, "expected", "source", to="x"), "proved on x, which is none of its"),
-    "head without tolerance": (changed("heads", 0, "expected", "max_abs", to={}), "has no tolerance for its output"),
+    "head without tolerance": (
+        changed("heads", 0, "expected", "max_abs", to={}),
+        "must give logits, with a tolerance for it and",
+    ),
     "head of two outputs": (
         changed("heads", 0, "outputs", to=manifest_of(contents())["heads"][0]["outputs"] * 2),
         "is wrong at heads.0.outputs",
@@ -542,7 +554,7 @@ def test_stream_of_empty_blocks(tmp_path):
 
 def test_limits(tmp_path):
     limits = Limits()
-    refused(tmp_path, GOOD, "it lists 14 files, more than 3", replace(limits, files=3))
+    refused(tmp_path, GOOD, "it lists 16 files, more than 3", replace(limits, files=3))
     refused(tmp_path, GOOD, "it unpacks to", replace(limits, total=1000))
     refused(tmp_path, GOOD, "it unpacks to", replace(limits, file=1000))
     refused(tmp_path, GOOD, "more than 100", replace(limits, manifest=100))

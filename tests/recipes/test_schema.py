@@ -131,6 +131,7 @@ BAD: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"seed": 2**31}, {"seed": "below 2^31"}),
     ({"evaluate": {"seed": -1}}, {"evaluate.seed": "at least 0"}),
     ({"bundle": {"targets": ["onnx-int8"]}}, {"bundle.targets": "not among export.targets"}),
+    ({"bundle": {"heads": ["typo"]}}, {"bundle.heads": "typo is no evaluation of this recipe that trains a head"}),
     # what each section says of itself, at the setting that the sentence begins with
     ({"teacher__backbone": SHAPE | {"heads": 5}}, {"teacher.backbone.dim": "not divisible by heads 5"}),
     ({"students__small__backbone": SHAPE | {"image_size": 50}}, {"students.small.backbone.image_size": "not a multiple"}),

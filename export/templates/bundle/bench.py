@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 FORMAT = "decant-device-bench-1"
 PERCENTILE_99_NEEDS = 1000
 STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 % by degrees of freedom
+CPU = ("onnxruntime", "openvino")
 TENSORS = "one call: float32 images in host memory to float32 features in host memory, preprocessing apart"
 
 
@@ -60,7 +61,12 @@ def run(args):
         return report
     infer = load("infer")
     before = load("machine").state()
-    cases, rows = cases_of(infer, args)
+    try:
+        cases, rows = cases_of(infer, args)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        why = f"manifest.json cannot be read ({type(e).__name__}: {first_line(e)})"
+        report["rows"], report["exit_code"] = [unmeasured("latency_p50_ms", "all", why, failed=True)], 1
+        return report
     cases = alone(infer, cases, rows)
     failed = take_turns(cases, args, rows)
     after = load("machine").state()
@@ -77,10 +83,11 @@ class Case:
     `times` is (what, batch) -> opening -> round -> seconds of each call.
     """
 
-    def __init__(self, artifact, file, opened, png, batches):
+    def __init__(self, artifact, file, opened, png, batches, known):
         self.artifact, self.file, self.opened, self.png, self.times = artifact, file, opened, png, {}
         self.run_by = artifact["runtime"]  # once it was opened: what ran it, perhaps a stand-in for that
         self.batches = [b for b in batches if b <= artifact["max_batch"]]
+        self.known = known  # conditions that are known beforehand: the file's hash, threads
 
     def conditions(self):
         runtime = self.run_by
@@ -89,7 +96,8 @@ class Case:
             "runtime": runtime,
             "runtime_version": load("machine").version(runtime),
             "stands_in_for": None if runtime == self.artifact["runtime"] else self.artifact["runtime"],
-            "device": "cpu" if runtime in ("onnxruntime", "openvino") else "gpu",
+            "device": "cpu" if runtime in CPU else "gpu",
+            **self.known,
             "path": None if Path(self.file["path"]).is_absolute() else self.file["path"],
             "built_on_device": Path(self.file["path"]).is_absolute() or None,
         }
@@ -111,20 +119,25 @@ class Case:
 
 def cases_of(infer, args):
     """What is to be timed, and rows for what cannot be."""
-    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+    manifest = infer.read_json("manifest.json")
     png, batches, cases, rows = HERE / manifest["golden"]["images"][0], sorted(set(args.batch or [1])), [], []
+    targets = [a["target"] for a in manifest["artifacts"]]
+    hashes = {f["path"]: f["sha256"] for f in manifest["files"]}
     wanted = [a for a in manifest["artifacts"] if not args.target or a["target"] in args.target]
     for artifact in wanted:
         for file in artifact["files"]:
-            cases.append(Case(artifact, file, partial(infer.Model, artifact, file, args.threads), png, batches))
-    if not cases:
-        rows.append(unmeasured("latency_p50_ms", "all", f"there is no artifact {', '.join(args.target)}", failed=True))
-    for check, artifact in engines_of(manifest, args.engines):
+            known = {"artifact_sha256": hashes[file["path"]], "threads": threads_of(artifact, args.threads)}
+            cases.append(Case(artifact, file, partial(infer.Model, artifact, file, args.threads), png, batches, known))
+    for target in args.target or []:
+        if target not in targets:
+            rows.append(unmeasured("latency_p50_ms", target, f"there is no artifact {target}", failed=True))
+    for check, artifact in engines_of(manifest, args.engines, args.target):
         if isinstance(artifact, str):
             rows.append(unmeasured("latency_p50_ms", check, artifact, failed=True))
             continue
         for file in artifact["files"]:
-            cases.append(Case(artifact, file, partial(infer.Model, artifact, file, args.threads), png, batches))
+            known = {"artifact_sha256": file["sha256"], "threads": threads_of(artifact, args.threads)}
+            cases.append(Case(artifact, file, partial(infer.Model, artifact, file, args.threads), png, batches, known))
     for case in cases:
         for batch in sorted(set(batches) - set(case.batches)):
             why = f"it takes at most {case.artifact['max_batch']} images a call"
@@ -132,13 +145,24 @@ def cases_of(infer, args):
     return cases, rows
 
 
-def engines_of(manifest, folder):
-    """(name, artifact as in the manifest or why it is refused) of what build_engine.py built; hashes are checked before anything opens."""
+def threads_of(artifact, asked):
+    """Threads of the CPU that a runtime may use: as many as were asked for, or as this process has; None on a GPU."""
+    if artifact["runtime"] not in CPU:
+        return None
+    return asked or load("machine").machine()["threads"]
+
+
+def engines_of(manifest, folder, targets):
+    """(name, artifact as in the manifest or why it is refused) of what build_engine.py built of these targets, or of all.
+
+    Hashes are checked before anything opens.
+    """
     if folder is None:
         return []
     if not (HERE / "engine_files.py").is_file():
         return [("engines", "this bundle has no build_engine.py, so no engine can be of it")]
-    return list(load("engine_files").engine_artifacts(manifest, folder))
+    listed = load("engine_files").engine_artifacts
+    return [pair for target in targets or [None] for pair in listed(manifest, folder, target)]
 
 
 def alone(infer, cases, rows):
@@ -175,23 +199,36 @@ def alone(infer, cases, rows):
 def take_turns(cases, args, rows):
     """Time the cases in rounds, opened anew each time -> whether one failed; what fails leaves, with a row that says why."""
     out = set()
+
+    def leaves(case, error):
+        """A case that failed has no numbers: those of before could be of a runtime that was already failing."""
+        out.add(case)
+        why = f"{type(error).__name__}: {first_line(error)}"
+        rows.append(unmeasured("latency_p50_ms", case.artifact["target"], why, failed=True, **case.conditions()))
+
     for opening in range(args.openings):
         calls = {}
         for case in cases:
+            if case in out:
+                continue
             try:
-                calls.update({(case, *key): call for key, call in case.calls(case.opened()).items()} if case not in out else {})
-                for key in [k for k in calls if k[0] is case]:
-                    warm_up(calls[key], args.seconds / args.openings / 2)
-            except Exception as e:
-                out.add(case)
-                calls = {k: c for k, c in calls.items() if k[0] is not case}
-                why = f"{type(e).__name__}: {first_line(e)}"
-                rows.append(unmeasured("latency_p50_ms", case.artifact["target"], why, failed=True, **case.conditions()))
+                own = {(case, *key): call for key, call in case.calls(case.opened()).items()}
+                for call in own.values():
+                    warm_up(call, args.seconds / args.openings / 2)
+                calls.update(own)
+            except Exception as e:  # whatever a runtime throws
+                leaves(case, e)
         keys = list(calls)
         for number in range(args.rounds):
             shift = number % max(len(keys), 1)
             for case, what, batch in keys[shift:] + keys[:shift]:  # nobody always follows the same neighbour
-                spent = timed(calls[case, what, batch], args.seconds / args.openings / args.rounds)
+                if case in out:
+                    continue
+                try:
+                    spent = timed(calls[case, what, batch], args.seconds / args.openings / args.rounds)
+                except Exception as e:
+                    leaves(case, e)
+                    continue
                 case.times.setdefault((what, batch), {}).setdefault(opening, []).append(spent)
         calls.clear()
         gc.collect()

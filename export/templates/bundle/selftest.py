@@ -196,8 +196,11 @@ def check_artifact(infer, artifact, golden, args, heads=()):
             failed = True
             texts.append(f"{file['resolution']} px: {problem}")
         else:
-            mine = [h for h in heads if artifact["target"] in h["artifacts"] and h["resolution"] == file["resolution"]]
-            agreement, clauses = agreements(infer, model, file, golden, mine)
+            source = artifact.get(
+                "rebuilt_from", artifact["target"]
+            )  # an engine's features are those of what it was built from
+            mine = [h for h in heads if source in h["artifacts"] and h["resolution"] == file["resolution"]]
+            agreement, clauses = agreements(infer, model, file, golden, mine, args)
             found.update(agreement, run_by=model.stand_in or artifact["runtime"], **latency(model, tensor[:1], args.seconds))
             time_text = f", {found['latency_p50_ms']:.2f} ms (median of {found['latency_n']})" if "latency_n" in found else ""
             clauses = [f"cosine {found['cosine_min']:.6f}", f"max abs {found['max_abs']:.2g}", *clauses]
@@ -207,7 +210,7 @@ def check_artifact(infer, artifact, golden, args, heads=()):
     return result(artifact["target"], "FAIL" if failed else "PASS", said + "; ".join(texts), files=details)
 
 
-def agreements(infer, model, file, golden, heads):
+def agreements(infer, model, file, golden, heads, args):
     """What the stored tensors' features are good for, against the expected ones -> (numbers, clauses). Nothing fails by it."""
     import numpy as np
 
@@ -216,7 +219,7 @@ def agreements(infer, model, file, golden, heads):
     found = {"neighbour_agreement": code.neighbour_agreement(expected["patches"], got["patches"]), "heads": {}}
     clauses = []
     for head in heads:
-        run = infer.load("head").opened(HERE, head)
+        run = infer.load("head").opened(HERE, head, args.threads)
         found["heads"][head["name"]], clause = code.head_agreement(head["kind"], run(expected), run(got))
         clauses.append(f"{head['name']} {clause}")
     return found, clauses or [f"nearest patches {found['neighbour_agreement']:.1%}"]
