@@ -566,6 +566,7 @@ class Driver:
 
     def __init__(self):
         self.memory: dict[int, bytearray] = {}
+        self.next = 1 << 40  # beyond 32 bits
 
     def cuInit(self, flags):
         return 0
@@ -596,7 +597,7 @@ class Driver:
         return 0
 
     def cuMemAlloc_v2(self, pointer, size):
-        pointer._obj.value = (1 << 40) + (len(self.memory) << 30)  # beyond 32 bits
+        pointer._obj.value, self.next = self.next, self.next + (1 << 30)
         self.memory[pointer._obj.value] = bytearray(size.value)
         return 0 if size.value < 1 << 20 else 2
 
