@@ -234,7 +234,7 @@ def test_infer_says_what_a_classifier_says(good, tmp_path, bare):
 
 
 @pytest.mark.parametrize(("name", "mode", "words"), [("rooms", "L", "holds class ids"), ("far", "I;16", "holds millimetres")])
-def test_infer_draws_what_a_linear_head_says(good, tmp_path, bare, name, mode, words):
+def test_infer_draws_what_a_dense_head_says(good, tmp_path, bare, name, mode, words):
     """Of a picture that is not square: squashed it gives other features than cropped, and its map has another shape transposed."""
     unpack(good, tmp_path / "b")
     picture = tmp_path / "b/golden/image_3.png"
