@@ -17,6 +17,7 @@ import gc
 import importlib.util
 import json
 import math
+import runpy
 import sys
 import time
 from functools import partial
@@ -24,6 +25,8 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True  # the folder stays as it was verified
 HERE = Path(__file__).resolve().parent
+plumbing = runpy.run_path(str(HERE / "infer.py"))
+load, first_line = plumbing["load"], plumbing["first_line"]
 FORMAT = "decant-device-bench-1"
 PERCENTILE_99_NEEDS = 1000
 STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 % by degrees of freedom
@@ -319,21 +322,6 @@ def line(row):
         return f"{row['target']:<14} {row['metric']:<18} {at:<24} not measured: {row['reason']}"
     ends = f" ({row['low']:.4g} to {row['high']:.4g})" if "low" in row else ""
     return f"{row['target']:<14} {row['metric']:<18} {at:<24} {row['value']:.4g}{ends}, n = {row['n']}"
-
-
-def load(name):
-    """A module of this bundle by its path: nothing else of that name can stand in for it."""
-    spec = importlib.util.spec_from_file_location(f"bundle_{name}", HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":
