@@ -16,6 +16,8 @@ README.md  LICENSE
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,6 +48,7 @@ from export.bundling.bundle_heads import add_heads, choose_heads
 from export.bundling.dsse import SIGNATURE
 from export.bundling.keys import PrivateKey, PublicKey
 from export.bundling.model_card import model_card
+from export.bundling.ports import LAYOUTS
 from export.bundling.rebuild import kit, rebuild
 from export.bundling.sbom import sbom
 from export.bundling.signing import LINEAGE, first_envelope
@@ -60,77 +63,89 @@ COPIED = (
     *("LICENSE", "samples/cpp/main.cpp", "samples/cpp/Makefile"),
 )
 REPORT_SUFFIXES = (".html", ".json", ".csv", ".md")
-LAYOUTS = {
-    "images": "batch, channel (red, green, blue), row, column",
-    PIXELS: "batch, row, column, channel (red, green, blue), 0..255",
-    "cls": "batch, feature",
-    "patches": "batch, patch (row by row from the top left), feature",
-}
 Content = bytes | Path
 Json = dict[str, Any]
 
 
-def build_bundle(
-    config: BundleConfig,
-    student: str,
-    run: Json,
-    artifacts: list[Artifact],
-    model_folder: Path,
-    golden_images: list[Image.Image],
-    report_folder: Path | None,
-    lineage: Json,
-    out: Path,
-    progress: Progress,
-    rows: Sequence[Row] = (),
-    kept: Sequence[KeptHead] = (),
-    export: ExportConfig | None = None,
-) -> Path:
-    """Write `out`, a .tar.gz that `verify` accepts; the same inputs give the same bytes. It is whole or not there.
+@dataclass(frozen=True)
+class BundleInputs:
+    """What a run supplies of a student.
 
-    Args:
+    Attributes:
         run: what to say about the run (JSON), e.g. its name and fingerprint.
         artifacts: all of the student's; those not chosen still serve as sources of expected outputs.
         model_folder: the student in PyTorch: the last source of expected outputs, and part of the lineage.
-        golden_images: at least `config.golden_images`; more are ignored.
+        golden_images: at least `BundleConfig.golden_images`; more are ignored.
+        report_folder: of the run's report, which goes in.
         lineage: what the model was made from (JSON), e.g. teacher, data, licences.
         rows: what was measured of this student, for its model card.
-        kept: heads that an evaluation trained on this student, for `config.heads` to choose from.
-        export: the recipe's export settings, by which a device compiles engines; the defaults when None.
+        heads: those that an evaluation trained on this student, for `BundleConfig.heads` to choose from.
+        export: the recipe's export settings, by which a device compiles engines.
+    """
+
+    student: str
+    run: Json
+    artifacts: list[Artifact]
+    model_folder: Path
+    golden_images: list[Image.Image]
+    report_folder: Path | None
+    lineage: Json
+    rows: Sequence[Row] = ()
+    heads: Sequence[KeptHead] = ()
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def build_bundle(config: BundleConfig, inputs: BundleInputs, out: Path, progress: Progress) -> Path:
+    """Write `out`, a .tar.gz that `verify` accepts; the same inputs give the same bytes. It is whole or not there.
 
     Raises:
         UserError: a chosen artifact or head does not exist or was changed, there are too few images, or the key cannot be read.
         GateFailed: a model gives NaN on a golden image, or the archive does not verify.
     """
-    chosen, key = choose(config, artifacts), config.key()
-    if len(golden_images) < (need := config.golden_images):
-        raise UserError(f"The bundle needs {need} golden images and got {len(golden_images)}; lower bundle.golden_images.")
-    settings, with_heads = preprocess_settings(chosen), choose_heads(config.heads, kept, chosen)
+    chosen, key = choose(config, inputs.artifacts), config.key()
+    if len(inputs.golden_images) < (need := config.golden_images):
+        have = len(inputs.golden_images)
+        raise UserError(f"The bundle needs {need} golden images and got {have}; lower bundle.golden_images.")
+    settings, with_heads = preprocess_settings(chosen), choose_heads(config.heads, inputs.heads, chosen)
     files = artifact_files(chosen)
     if config.preprocess_in_graph:
         files |= graphs_with_preprocess(chosen)
-    images = [golden.golden_image(image) for image in golden_images[: config.golden_images]]
-    vectors = add_golden(files, config, chosen, artifacts, settings, images, model_folder, progress)
-    dims = {a.target: a.dim for a in chosen}
-    heads = add_heads(files, with_heads, vectors.features, dims, config.tolerance("fp32", same=True))
-    given = {n: data for n, data in files.items() if isinstance(data, bytes)}
-    section = rebuild(
-        chosen, vectors.expected, given, lambda p: config.tolerance(p, same=False), export or ExportConfig(), model_folder
-    )
+    images = [golden.golden_image(image) for image in inputs.golden_images[:need]]
+    vectors = add_golden(files, config, chosen, inputs.artifacts, settings, images, inputs.model_folder, progress)
+    heads = add_heads(files, with_heads, vectors.features, config.tolerance("fp32", same=True))
+    section = rebuild_section(config, inputs, chosen, vectors, files)
     files |= kit(section, TEMPLATES) if section else {}
     files["preprocess.py"] = Path(preprocess.__file__)
     files["preprocess.json"] = as_json({"resolutions": {str(r): p.to_json() for r, p in settings.items()}})
     files |= {name: TEMPLATES / name for name in COPIED}
-    files |= report_files(report_folder)
-    about = {"student": student, "run": run, "model": model_lineage(model_folder), "lineage": lineage}
-    files[LINEAGE] = as_json(about)
-    files["MODEL_CARD.md"] = model_card(student, chosen, rows, about, heads)
-    files["sbom.cdx.json"] = as_json(sbom(student, decant_version(), chosen, rows, about, built_with(), bundled(heads, files)))
+    files |= report_files(inputs.report_folder)
+    about = add_origin(files, inputs, chosen, heads)
     told = {"report": "report/index.html" in files, "in_graph": config.preprocess_in_graph, "rebuild": section is not None}
-    files["README.md"] = readme(student, chosen, heads, **told)
-    text = as_json(manifest(config, student, chosen, vectors, heads, files) | ({"rebuild": section} if section else {}))
+    files["README.md"] = readme(inputs.student, chosen, heads, **told)
+    text = as_json(manifest(config, inputs.student, chosen, vectors, heads, files) | ({"rebuild": section} if section else {}))
     signature = {} if key is None else {SIGNATURE: signed(text, about, key)}
     write(out, {MANIFEST: text, **signature}, files, progress, None if key is None else key.public)
     return out
+
+
+def rebuild_section(
+    config: BundleConfig, inputs: BundleInputs, chosen: list[Artifact], vectors: Vectors, files: dict[str, Content]
+) -> Json | None:
+    """The manifest's `rebuild`, from the golden outputs among `files`."""
+    given = {name: content for name, content in files.items() if isinstance(content, bytes)}
+    tolerance = partial(config.tolerance, same=False)
+    return rebuild(chosen, vectors.expected, given, tolerance, inputs.export, inputs.model_folder)
+
+
+def add_origin(files: dict[str, Content], inputs: BundleInputs, chosen: list[Artifact], heads: list[Json]) -> Json:
+    """Add what tells people and other tools what the model was made from -> the value of lineage.json."""
+    model = model_lineage(inputs.model_folder)
+    about = {"student": inputs.student, "run": inputs.run, "model": model, "lineage": inputs.lineage}
+    files[LINEAGE] = as_json(about)
+    files["MODEL_CARD.md"] = model_card(inputs.student, chosen, inputs.rows, about, heads)
+    inside = bundled(heads, files)
+    files["sbom.cdx.json"] = as_json(sbom(inputs.student, decant_version(), chosen, inputs.rows, about, built_with(), inside))
+    return about
 
 
 def choose(config: BundleConfig, artifacts: list[Artifact]) -> list[Artifact]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -95,6 +96,12 @@ def _names(r: "Recipe") -> Iterator[Problem]:
             yield f"evaluate.tasks.{name}", f"{MAIN!r} is what data.gallery and data.test are called: name the task otherwise"
     if not r.students:
         yield "students", "name at least one student"
+    for name, student in r.students.items():
+        if student.start is not None and not (Path(student.start).expanduser() / "model.json").is_file():
+            yield (
+                f"students.{name}.start",
+                f"{student.start} holds no model (no model.json): name a folder that `decant run` wrote",
+            )
     if not 0 <= r.seed < 2**31:
         yield "seed", f"must be at least 0 and below 2^31, got {r.seed}"
     exported = set(in_order(list(r.export.targets)))

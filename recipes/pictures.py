@@ -10,9 +10,9 @@ from PIL import Image
 
 from distill.data.sources import Source, checked
 from distill.errors import UserError
-from distill.evaluate.dense_head import Head, predict_item
 from distill.evaluate.features import TooLarge
 from distill.evaluate.kept_heads import head_path
+from distill.evaluate.linear_head import Head, predict_item
 from distill.evaluate.reader import ImageSets, Subject, SubjectReader
 from distill.evaluate.retrieval import clean
 from distill.evaluate.split import align

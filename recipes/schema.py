@@ -126,12 +126,15 @@ class StudentConfig(Config):
             features are then resampled to the student's grid.
         dino_head, ibot_head: null: as the teacher's. K must be the teacher's; bottleneck and hidden width may differ.
         control: also train the same model from scratch, on the same images seen and schedule: the yardstick of distillation.
+        start: folder of a trained model of this very backbone (model.json and weights, such as RUN/students/small) that distillation
+            goes on from; null: from fresh weights. Of the folder's heads nothing is taken.
     """
 
     backbone: BackboneChoice
     dino_head: HeadConfig | None = None
     ibot_head: HeadConfig | None = None
     control: bool = False
+    start: str | None = None
 
 
 class Recipe(Config):

@@ -316,7 +316,7 @@ def report(r: Recipe, data: Data, run: Path, stages: list[str]) -> Work:
 def bundles(r: Recipe, data: Data, run: Path) -> Work:
     def work(folder: Path, progress: Progress) -> None:
         from distill.evaluate.kept_heads import kept_heads
-        from export.bundle import build_bundle
+        from export.bundle import BundleInputs, build_bundle
         from export.bundling.origin import teacher_origin
         from export.fingerprint import code
 
@@ -332,20 +332,18 @@ def bundles(r: Recipe, data: Data, run: Path) -> Work:
         }
         for student, subject in r.subjects().items():
             model = run / subject
-            build_bundle(
-                r.bundle,
-                student,
-                {"name": r.name, "seed": r.seed},
-                artifacts_of(r, run, student),
-                model,
-                data.pictures("test", r.bundle.golden_images),
-                run / "report",
-                lineage | {"student_sha256": sha256_file(model / "backbone.safetensors")},
-                folder / f"{student}.tar.gz",
-                progress,
-                [row for row in rows if row.subject == subject],
-                kept=kept_heads(run / "evaluate", subject),
+            inputs = BundleInputs(
+                student=student,
+                run={"name": r.name, "seed": r.seed},
+                artifacts=artifacts_of(r, run, student),
+                model_folder=model,
+                golden_images=data.pictures("test", r.bundle.golden_images),
+                report_folder=run / "report",
+                lineage=lineage | {"student_sha256": sha256_file(model / "backbone.safetensors")},
+                rows=[row for row in rows if row.subject == subject],
+                heads=kept_heads(run / "evaluate", subject),
                 export=r.export,
             )
+            build_bundle(r.bundle, inputs, folder / f"{student}.tar.gz", progress)
 
     return work

@@ -29,28 +29,12 @@ def plan(recipe: Recipe, run: Path) -> list[Stage]:
             folder=Path("students"),
             config=settings | {"students": _students(r), "distill": r.distill.model_dump(), "input": r.input.model_dump()},
             inputs=(teacher,),
-            data=train,
+            data=train | _starts(r, run),
             work=work.distill(r, data, run),
             together=True,
         )
     )
-    for name, student in r.students.items():
-        if student.control:
-            stages.append(
-                Stage(
-                    name=f"control/{name}",
-                    folder=Path("control") / name,
-                    config=settings
-                    | {
-                        "student": _students(r)[name],
-                        "train": r.control_training().model_dump(),
-                        "input": r.input.model_dump(),
-                    },
-                    data=train,
-                    work=work.control(r, data, name),
-                    together=True,
-                )
-            )
+    stages += _controls(r, data, settings, train)
     stages += _derived(r, data, run, settings, train, teacher)
     exports = [stage for name in r.subjects() for stage in _exports(r, data, run, name)]
     models = tuple(s.name for s in stages)
@@ -153,6 +137,23 @@ def _files(load: LoadConfig) -> dict[str, str]:
     return {p: sha256_json({f.name: sha256_file(f) for f in files}) if files else "missing" for p, files in found.items()}
 
 
+def _controls(r: Recipe, data: Data, settings: dict, train: dict) -> list[Stage]:
+    """Students trained without the teacher, where they ask to be compared with that."""
+    own = settings | {"train": r.control_training().model_dump(), "input": r.input.model_dump()}
+    return [
+        Stage(
+            name=f"control/{name}",
+            folder=Path("control") / name,
+            config=own | {"student": _students(r)[name]},
+            data=train,
+            work=work.control(r, data, name),
+            together=True,
+        )
+        for name, student in r.students.items()
+        if student.control
+    ]
+
+
 def _exports(r: Recipe, data: Data, run: Path, student: str) -> list[Stage]:
     """One stage a target, prerequisites first; a target that this machine cannot build is optional: its rows say why."""
     settings = r.export.model_dump(exclude={"targets", "gates"})
@@ -226,10 +227,28 @@ def _shipped(r: Recipe) -> list[str]:
 
 
 def _students(r: Recipe) -> dict:
-    """Each student with its heads resolved and without the wish for a control, which does not change the student."""
+    """Each student with its heads resolved, without the wish for a control, which does not change it, and without where it starts from,
+    whose content counts and not its place."""
     found = {}
     for name, student in r.students.items():
         dino, ibot = r.heads_of(name)
         heads = {"dino_head": dino.model_dump(), "ibot_head": ibot and ibot.model_dump()}
-        found[name] = student.model_dump(exclude={"control"}) | heads
+        found[name] = student.model_dump(exclude={"control", "start"}) | heads
+    return found
+
+
+def _starts(r: Recipe, run: Path) -> dict[str, str]:
+    """What the models that students go on from are: hashes of their files."""
+    found = {}
+    for name, student in r.students.items():
+        if student.start is None:
+            continue
+        folder = Path(student.start).expanduser()
+        if folder.resolve().is_relative_to(run.resolve()):
+            raise UserError(
+                f"students.{name}.start {student.start} lies in this very run's folder, which trains anew. Name another folder for this "
+                "run with --out (or another name)."
+            )
+        files = [folder / "model.json", folder / "backbone.safetensors"]
+        found[f"students.{name}.start"] = sha256_json([sha256_file(f) if f.is_file() else "missing" for f in files])
     return found

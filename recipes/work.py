@@ -83,6 +83,27 @@ def fresh_student(r: Recipe, name: str, asked: ObjectivesConfig, teacher_dim: in
     return fresh_model(r.students[name].backbone, *r.heads_of(name), student_seed(r, name), asked, teacher_dim)
 
 
+def started_student(r: Recipe, name: str, asked: ObjectivesConfig, teacher_dim: int) -> HeadedBackbone:
+    """A student with fresh weights, or with those of the model that it goes on from.
+
+    Raises:
+        UserError: that folder holds no model, or one of another backbone.
+    """
+    student = fresh_student(r, name, asked, teacher_dim)
+    if (start := r.students[name].start) is None:
+        return student
+    theirs = load_backbone(Path(start).expanduser()).state_dict()
+    ours = student.backbone.state_dict()
+    differs = [n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape]
+    if differs:
+        raise UserError(
+            f"students.{name}.start {start} holds another backbone than students.{name}.backbone ({sorted(differs)[0]} differs); "
+            f"write what its model.json says of `backbone` into the recipe."
+        )
+    student.backbone.load_state_dict(theirs)
+    return student
+
+
 def finished(models: list[Path], stage: Path) -> bool:
     """Whether training was done and only the stage's mark is missing: model.json is written last, then the checkpoint goes."""
     if not all((m / "model.json").exists() for m in models):
@@ -215,7 +236,7 @@ def distill(r: Recipe, data: Data, run: Path) -> Work:
             if not sharded:
                 refuse_sizes(teacher.backbone, {"distill.teacher_size": r.distill.teacher_size or r.distill.crops.global_size})
             refuse_other_heads(r, teacher)
-        students = {name: fresh_student(r, name, asked, teacher.backbone.dim) for name in r.students}
+        students = {name: started_student(r, name, asked, teacher.backbone.dim) for name in r.students}
         subjects = {name: f"students/{name}" for name in students}
         trained = run_training(
             r, data, r.distill, students, folder, progress, "distill", subjects, teacher, load_preprocess(run / "teacher").normalize,

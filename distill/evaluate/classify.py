@@ -19,7 +19,7 @@ from distill.config import Config
 from distill.data.sources import Source, SourceConfig
 from distill.encoder import Features
 from distill.evaluate import knn, linear
-from distill.evaluate.dense_head import Head
+from distill.evaluate.linear_head import Head
 from distill.evaluate.logistic import few_shot, logistic
 from distill.evaluate.scores import Score, percent_right
 from distill.evaluate.split import Split, align
@@ -242,7 +242,7 @@ def _linear(config: ClassifyConfig, task: Finite, split: Split) -> Iterator[Answ
 
 
 def _head(found: linear.Probe, training: dict[str, Any]) -> Head:
-    """The probe that gave the predictions, as a record; `constant` is the class that its bias prefers."""
+    """The probe that gave the predictions, as a record."""
     weight_DC, bias_C = found.heads.weight[:, 0], found.heads.bias[0]
     sets, _, mean_patch = found.features.partition("+")
     layers = 1 if sets == "cls" else int(sets.removeprefix("last").removesuffix("_cls"))
@@ -256,7 +256,6 @@ def _head(found: linear.Probe, training: dict[str, Any]) -> Head:
         layers=layers,
         cls=True,
         names=[],
-        constant=float(found.classes[bias_C.argmax()]),
         training=training,
         mean_patch=bool(mean_patch),
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from distill.config import Config
 from distill.data.maps import MapsConfig, MapSource, SceneMapsConfig
 from distill.evaluate.dense_fit import FitSettings, Tokens, cosines, fit, histograms
-from distill.evaluate.dense_head import Head, predict_item
+from distill.evaluate.linear_head import Head, predict_item
 from distill.evaluate.scores import Score
 from distill.evaluate.segmentation import apart, head_problems, readable
 from distill.evaluate.task import Reader, Unfit
@@ -122,6 +122,7 @@ class DepthTask(Config):
 
     def scores(self, head: Head, reader: Reader, sources: dict[str, Any], progress: Progress) -> list[Score]:
         """A head judged on `sources["test"]`."""
+        assert head.constant is not None, "heads of patches have one"
         source: MapSource = sources["test"]
         stored = readable(reader.read(source, patches=True, layers=head.layers, fit="squash"), cls=head.cls)
         errors, constant, there = [], [], np.zeros(len(source))

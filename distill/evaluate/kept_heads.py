@@ -10,7 +10,7 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class KeptHead:
-    """A file of a `dense_head.Head`.
+    """A file of a `linear_head.Head`.
 
     Attributes:
         task: whose it is; `main` is the recipe's own gallery.

@@ -18,7 +18,7 @@ from torch import Tensor
 from distill.config import Config
 from distill.data.maps import MapsConfig, MapSource
 from distill.evaluate.dense_fit import NOT_FINITE, FitSettings, Tokens, fit, histograms
-from distill.evaluate.dense_head import Head, predict_item
+from distill.evaluate.linear_head import Head, predict_item
 from distill.evaluate.scores import Score
 from distill.evaluate.split import overlap
 from distill.evaluate.task import Reader, Stored, Unfit
@@ -89,6 +89,7 @@ class SegmentationTask(Config):
 
     def scores(self, head: Head, reader: Reader, sources: dict[str, Any], progress: Progress) -> list[Score]:
         """A head judged on `sources["test"]`."""
+        assert head.constant is not None, "heads of patches have one"
         source: MapSource = sources["test"]
         stored = readable(reader.read(source, patches=True, layers=head.layers, fit="squash"))
         found, majority = [], []

@@ -129,7 +129,7 @@ class _Judge:
         self, key: dict[str, Any] | None, subject: Subject, split: Split, gallery: Source, test: Source, images: ImageSets
     ) -> Outcome:
         """As records: what an Answer says, with its predictions, or its shares where it has no single prediction."""
-        head = _KeptHead.of(self, MAIN, subject, key)
+        head = self._head_files(MAIN, subject, key)
         outcome = self._judged.get(key)
         if outcome is None or (has_probe(outcome) and head.lacking()):
             with self._reader(subject, images) as reader:
@@ -154,7 +154,7 @@ class _Judge:
             label = subject.subject, subject.target
             key = Judged.key(subject, data, settings)
             try:
-                head = _KeptHead.of(self, name, subject, key)
+                head = self._head_files(name, subject, key)
                 outcome = self._judged.get(key)
                 if outcome is None or ((isinstance(task, HeadTask) or has_probe(outcome)) and head.lacking()):
                     with self._reader(subject, images) as reader:
@@ -193,6 +193,10 @@ class _Judge:
     def _reader(self, subject: Subject, images: ImageSets) -> SubjectReader:
         return SubjectReader(subject, self._store, images, self.config.batch, self.progress)
 
+    def _head_files(self, task: str, subject: Subject, key: dict[str, Any] | None) -> "_HeadFiles":
+        result = head_path(self.folder, task, subject) if knows_something(subject.subject) else None
+        return _HeadFiles(result, result if key is None or result is None else self._judged.head(key))
+
     @property
     def _store(self) -> FeatureStore:
         return FeatureStore(self.kept / "features")
@@ -207,29 +211,27 @@ class _Judge:
 
 
 @dataclass(frozen=True)
-class _KeptHead:
-    """The head that is trained on a subject: beside its outcome, from where it is copied to the evaluation's folder. None of a subject
-    that knows nothing.
+class _HeadFiles:
+    """Where the head that is trained on a subject lies; both None for one that knows nothing.
+
+    Attributes:
+        result: in the evaluation's folder (`kept_heads.head_path`).
+        cached: beside its outcome, where it outlives that folder; `result` itself where outcomes are not kept.
     """
 
-    path: Path | None
-    kept: Path | None
-
-    @staticmethod
-    def of(judge: _Judge, task: str, subject: Subject, key: dict[str, Any] | None) -> "_KeptHead":
-        path = head_path(judge.folder, task, subject) if knows_something(subject.subject) else None
-        return _KeptHead(path, path if key is None or path is None else judge._judged.head(key))
+    result: Path | None
+    cached: Path | None
 
     def lacking(self) -> bool:
-        return self.kept is not None and not self.kept.exists()
+        return self.cached is not None and not self.cached.exists()
 
     def save(self, head: Any | None) -> None:
-        if head is not None and self.kept is not None:
-            head.save(self.kept)
+        if head is not None and self.cached is not None:
+            head.save(self.cached)
 
     def copy(self) -> None:
-        if self.path is not None and self.kept is not None and self.kept != self.path and self.kept.exists():
-            write_bytes(self.path, self.kept.read_bytes())
+        if self.result is not None and self.cached is not None and self.cached != self.result and self.cached.exists():
+            write_bytes(self.result, self.cached.read_bytes())
 
 
 def has_probe(outcome: Outcome) -> bool:
@@ -238,7 +240,7 @@ def has_probe(outcome: Outcome) -> bool:
 
 
 def _scores(
-    task: Task, reader: SubjectReader, sources: dict[str, Source], progress: Progress, head: _KeptHead
+    task: Task, reader: SubjectReader, sources: dict[str, Source], progress: Progress, head: _HeadFiles
 ) -> Sequence[Score | Unscored]:
     """Judged, and the head that this trains kept."""
     if isinstance(task, HeadTask):

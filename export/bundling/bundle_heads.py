@@ -7,20 +7,16 @@ from typing import Any
 import numpy as np
 
 from distill.errors import UserError
-from distill.evaluate.dense_head import Head
 from distill.evaluate.kept_heads import KeptHead
+from distill.evaluate.linear_head import Head
 from export.artifact import Artifact
 from export.bundling import golden
 from export.bundling.golden import Tolerance
 from export.bundling.head_graph import head_graph, inputs_of
+from export.bundling.ports import LAYOUTS, PATCH
 from export.graphs.nodes import serialize
 from export.sessions import usual_session
 
-LAYOUTS = {
-    "cls": "batch, feature",
-    "patches": "batch, patch (row by row from the top left), feature",
-    "metres": "batch, patch (row by row from the top left)",
-}
 TORCH = "torch-fp32"
 Features = Mapping[tuple[str, int], Mapping[str, np.ndarray]]  # (target, resolution) -> expected cls and patches
 
@@ -37,7 +33,7 @@ class ChosenHead:
 
 
 def choose_heads(wanted: bool | list[str], kept: Sequence[KeptHead], chosen: Sequence[Artifact]) -> list[ChosenHead]:
-    """One head a task: trained on the student in PyTorch, else on the first artifact that has one.
+    """One head a task: the one trained on the student in PyTorch where it can be served, else on the first artifact that has such a one.
 
     Only heads of the last layer and of a resolution of the artifacts can be served. `True` takes all of those, a list those alone.
 
@@ -71,13 +67,11 @@ def choose_heads(wanted: bool | list[str], kept: Sequence[KeptHead], chosen: Seq
     return list(found.values())
 
 
-def add_heads(
-    files: dict[str, Any], heads: Sequence[ChosenHead], expected: Features, dims: Mapping[str, int], tolerance: Tolerance
-) -> list[Json]:
+def add_heads(files: dict[str, Any], heads: Sequence[ChosenHead], expected: Features, tolerance: Tolerance) -> list[Json]:
     """Add the graphs and their golden outputs -> the manifest's `heads`.
 
     Args:
-        expected: the artifacts' expected outputs. dims: target -> width of its features.
+        expected: the artifacts' expected outputs.
         tolerance: of a head's own outputs, for the same features on another machine.
     """
     described = []
@@ -85,7 +79,7 @@ def add_heads(
         head, kept = chosen.head, chosen.kept
         source = chosen.targets[0]
         features = expected[source, kept.resolution]
-        data = serialize(head_graph(head, dims[source], kept.target))
+        data = serialize(head_graph(head, features["cls"].shape[1], kept.target))
         session = usual_session(data, 1)
         outputs = [port.name for port in session.get_outputs()]
         values = session.run(outputs, {n: features[n] for n in inputs_of(head)})
@@ -113,5 +107,5 @@ def add_heads(
 
 def port(found: Any, kind: str) -> Json:
     """A port of an ONNX Runtime session as the manifest has it."""
-    classes = "batch, class" if kind == "classification" else "batch, patch (row by row from the top left), class"
+    classes = "batch, class" if kind == "classification" else f"batch, {PATCH}, class"
     return {"name": found.name, "dtype": "float32", "shape": found.shape, "layout": LAYOUTS.get(found.name, classes)}

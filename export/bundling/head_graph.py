@@ -7,13 +7,15 @@ Shape legend: B batch, N patches, D width, F inputs of the head, K outputs.
 """
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from distill.evaluate.dense_head import Head
+from distill.evaluate.linear_head import Head
 
 OPSET, IR_VERSION = 17, 8  # what every runtime of the last years reads
+Axes = list[int | str]
 
 
 def outputs_of(kind: str) -> str:
@@ -34,38 +36,16 @@ def head_graph(head: Head, dim: int, trained_on: str) -> ModelProto:
     cls [B, D] -> logits [B, K] (classification, its mean patch from patches [B, N, D]); patches [B, N, D], with cls where the head has
     it, -> logits [B, N, K] (segmentation) or metres [B, N] (depth: the mean of the bins weighted by their probabilities).
     """
-    dense, output = head.kind != "classification", outputs_of(head.kind)
-    shapes: dict[str, list[int | str]] = {"cls": ["batch", dim], "patches": ["batch", "patches", dim]}
-    arrays = {
-        "shift": head.shift,
-        "scale": head.scale,
-        "weight": np.ascontiguousarray(head.weight.T),
-        "bias": head.bias,
-    }
-    axes = {"one": [1]} if dense and head.cls else {}
-    tensor, nodes = _features(head)
-    nodes += [
-        helper.make_node("Sub", [tensor, "shift"], ["centred"]),
-        helper.make_node("Mul", ["centred", "scale"], ["standardised"]),
-        helper.make_node("MatMul", ["standardised", "weight"], ["products"]),
-        helper.make_node("Add", ["products", "bias"], ["scores" if head.kind == "depth" else output]),
-    ]
-    if head.kind == "depth":
-        arrays["bins"], axes["last"] = head.values[:, None], [-1]
-        nodes += [
-            helper.make_node("Softmax", ["scores"], ["shares"], axis=-1),
-            helper.make_node("MatMul", ["shares", "bins"], ["column"]),
-            helper.make_node("Squeeze", ["column", "last"], [output]),
-        ]
-    constants = [numpy_helper.from_array(np.asarray(a, np.float32), name) for name, a in arrays.items()]
-    constants += [numpy_helper.from_array(np.array(a, np.int64), name) for name, a in axes.items()]
-    result: list[int | str] = ["batch", *(["patches"] if dense else []), *([len(head.bias)] if head.kind != "depth" else [])]
+    part = {"classification": _classifier, "segmentation": _segmenter, "depth": _depth}[head.kind](head)
+    shapes: dict[str, Axes] = {"cls": ["batch", dim], "patches": ["batch", "patches", dim]}
+    weights = {"shift": head.shift, "scale": head.scale, "weight": np.ascontiguousarray(head.weight.T), "bias": head.bias}
+    constants = {name: a.astype(np.float32) for name, a in weights.items()} | part.constants
     graph = helper.make_graph(
-        nodes,
+        part.nodes,
         f"{head.kind} head",
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, shapes[n]) for n in inputs_of(head)],
-        [helper.make_tensor_value_info(output, TensorProto.FLOAT, result)],
-        constants,
+        [helper.make_tensor_value_info(outputs_of(head.kind), TensorProto.FLOAT, part.result)],
+        [numpy_helper.from_array(a, name) for name, a in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     about = {"kind": head.kind, "values": head.values.tolist(), "names": head.names, "trained_on": trained_on}
@@ -73,18 +53,65 @@ def head_graph(head: Head, dim: int, trained_on: str) -> ModelProto:
     return model
 
 
-def _features(head: Head) -> tuple[str, list[NodeProto]]:
-    """(the name of the tensor that is standardised, the nodes that make it)."""
-    if head.kind == "classification" and head.mean_patch:
-        mean = helper.make_node("ReduceMean", ["patches"], ["mean_patch"], axes=[1], keepdims=0)
-        return "features", [mean, helper.make_node("Concat", ["cls", "mean_patch"], ["features"], axis=-1)]
-    if head.kind == "classification":
-        return "cls", []
+@dataclass(frozen=True)
+class Part:
+    """What one kind of head is made of.
+
+    Attributes:
+        nodes: from its inputs to its output. result: the output's axes.
+        constants: what the nodes read beside shift, scale, weight and bias.
+    """
+
+    nodes: list[NodeProto]
+    result: Axes
+    constants: dict[str, np.ndarray]
+
+
+def _classifier(head: Head) -> Part:
+    if not head.mean_patch:
+        return Part(_linear("cls", "logits"), ["batch", len(head.bias)], {})
+    mean = helper.make_node("ReduceMean", ["patches"], ["mean_patch"], axes=[1], keepdims=0)
+    both = helper.make_node("Concat", ["cls", "mean_patch"], ["features"], axis=-1)
+    return Part([mean, both, *_linear("features", "logits")], ["batch", len(head.bias)], {})
+
+
+def _segmenter(head: Head) -> Part:
+    features, nodes, constants = _of_patches(head)
+    return Part([*nodes, *_linear(features, "logits")], ["batch", "patches", len(head.bias)], constants)
+
+
+def _depth(head: Head) -> Part:
+    features, nodes, constants = _of_patches(head)
+    metres = [
+        helper.make_node("Softmax", ["scores"], ["shares"], axis=-1),
+        helper.make_node("MatMul", ["shares", "bins"], ["column"]),
+        helper.make_node("Squeeze", ["column", "last"], ["metres"]),
+    ]
+    bins = {"bins": head.values[:, None].astype(np.float32)}
+    return Part(
+        [*nodes, *_linear(features, "scores"), *metres],
+        ["batch", "patches"],
+        bins | constants | {"last": np.array([-1], np.int64)},
+    )
+
+
+def _of_patches(head: Head) -> tuple[str, list[NodeProto], dict[str, np.ndarray]]:
+    """(the name of a dense head's features, the nodes that make them, the constants that those read)."""
     if not head.cls:
-        return "patches", []
-    return "features", [
+        return "patches", [], {}
+    nodes = [
         helper.make_node("Shape", ["patches"], ["shape"]),
         helper.make_node("Unsqueeze", ["cls", "one"], ["cls_as_patch"]),
         helper.make_node("Expand", ["cls_as_patch", "shape"], ["cls_everywhere"]),
         helper.make_node("Concat", ["patches", "cls_everywhere"], ["features"], axis=-1),
+    ]
+    return "features", nodes, {"one": np.array([1], np.int64)}
+
+
+def _linear(features: str, output: str) -> list[NodeProto]:
+    return [
+        helper.make_node("Sub", [features, "shift"], ["centred"]),
+        helper.make_node("Mul", ["centred", "scale"], ["standardised"]),
+        helper.make_node("MatMul", ["standardised", "weight"], ["products"]),
+        helper.make_node("Add", ["products", "bias"], [output]),
     ]

@@ -27,7 +27,7 @@ FIT = ("fp32", "fp16", "bf16", "int8", "fp8")
 REFUSED = {"uint8-zero-point", "dynamic-quantization"}
 """What TensorRT's parser accepts in no version (export/linting/lint_quantization.py)."""
 LEFT_OUT = ("STRIP_PLAN", "REFIT_IDENTICAL")
-HEAD = """\
+PREAMBLE = """\
 # Engines for this machine's GPU
 
 `python build_engine.py` compiles every file below into `engines/`, keeps a timing cache there, and skips what is up to date;
@@ -122,7 +122,7 @@ def kit(section: Json, templates: Path) -> dict[str, bytes | Path]:
 def by_hand(section: Json, templates: Path) -> str:
     """REBUILD.md: a trtexec command for each file, of the very options that build_engine.py passes."""
     options = runpy.run_path(str(templates / "engine_flags.py"))["trtexec_arguments"]
-    text = HEAD
+    text = PREAMBLE
     for file in section["files"]:
         folder = f"engines/{file['target']}"
         engine = f"{folder}/model_{file['resolution']}.engine"

@@ -1,6 +1,6 @@
 """Trained heads for segmentation and depth, read and applied without torch (DINOv2, sections 7.4 and 7.5).
 
-A `.safetensors` file is one of `distill.evaluate.dense_head.Head`; `predict` gives what its `predict` gives. An `.onnx` file is one of
+A `.safetensors` file is one of `distill.evaluate.linear_head.Head`; `predict` gives what its `predict` gives. An `.onnx` file is one of
 `export/bundling/head_graph.py`, or any that takes patches [1, N, D] and gives logits [1, N, K] and whose metadata `head` is JSON with
 `kind`; it may have `values` [K] and `names`.
 

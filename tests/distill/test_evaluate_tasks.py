@@ -14,11 +14,12 @@ from distill.data.preprocess import Preprocess
 from distill.data.sources import DatasetsConfig, ParquetConfig
 from distill.encoder import Features, RawPixels
 from distill.errors import UserError
-from distill.evaluate.classify import ClassificationTask, ClassifyConfig
+from distill.evaluate import linear
+from distill.evaluate.classify import ClassificationTask, ClassifyConfig, classify, head_of
 from distill.evaluate.config import EvaluateConfig
-from distill.evaluate.dense_head import Head
 from distill.evaluate.judged import Judged, Outcome
 from distill.evaluate.kept_heads import head_path, kept_heads
+from distill.evaluate.linear_head import Head
 from distill.evaluate.pairs import Predictions
 from distill.evaluate.reader import ImageSets, Subject, SubjectReader
 from distill.evaluate.scores import Score, ScoreBook
@@ -408,6 +409,29 @@ def test_raw_pixels_of_large_images_are_averaged_down():
     assert found.cls.shape == (2, 3 * 48 * 48)
     small = RawPixels()(torch.nn.functional.avg_pool2d(large, 2))
     assert torch.allclose(found.cls, small.cls, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [[1], [2]])
+def test_a_classifiers_logits_are_the_probes(layers):
+    """Of classes that overlap, are not equally many and whose features differ in scale, so that every array of the head matters."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.tensor([3, 3, 3, 3, 7, 7, 12]).repeat(30)
+    noise = torch.randn(2, 2, len(labels), 10, generator=g) * torch.logspace(0, 2, 10)
+    cls, mean_patch = (x + 5 + 0.1 * labels[:, None] for x in noise)
+    order = torch.arange(len(labels))
+    reader = SimpleNamespace(depth=2, read=lambda source, layers: Stored(cls[-layers:].numpy(), mean_patch[-layers:].numpy()))
+    settings = ClassifyConfig(ks=[3], probe_lrs=[1.0], probe_steps=60, probe_layers=layers)
+    answers = classify(settings, reader, Split(order, labels, order, labels, 0), *MAIN)
+    (linear_,) = (a for a in answers if a.metric == "linear_top1")
+    assert 55 < 100 * linear_.right.mean() < 95
+    features = [Features(c, m[:, None]) for c, m in zip(cls, mean_patch, strict=True)][-layers[0] :]
+    found = linear.probe(features, labels, features, settings.probe())
+    head = head_of(answers)
+    assert (head.layers, head.mean_patch, head.values.tolist()) == (layers[0], "mean_patch" in found.features, [3, 7, 12])
+    inputs = linear.probe_features(features, head.mean_patch)
+    logits = ((inputs.numpy() - head.shift) * head.scale) @ head.weight.T + head.bias
+    np.testing.assert_allclose(logits, found.heads.logits(inputs)[:, 0].numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(head.values[logits.argmax(1)], linear_.predicted)
 
 
 def test_the_linear_probes_classifier_is_kept_and_says_what_the_probe_said(tmp_path):

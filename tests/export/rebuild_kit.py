@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiny_bundle import QUIET, photographs
 
-from export.bundle import BundleConfig, build_bundle
+from export.bundle import BundleConfig, BundleInputs, build_bundle
 from export.bundling.verify import unpack
 from export.engine_config import BatchProfile, EngineConfig
 from export.targets import ExportConfig
@@ -58,7 +58,8 @@ def everything(run, tmp_path: Path) -> Path:
     """A bundle whose recipe asks for every flag."""
     folder, artifacts = run
     export = ExportConfig(opt_batch=2, max_batch=3, engine=EVERYTHING)
-    about = (folder / "student", photographs(), None, {"teacher": "large"}, tmp_path / "all.tar.gz", QUIET)
-    path = build_bundle(BundleConfig(targets=["onnx-int8"]), "small", {"name": "demo"}, artifacts, *about, export=export)
+    about = ("small", {"name": "demo"}, artifacts, folder / "student", photographs(), None, {"teacher": "large"})
+    inputs = BundleInputs(*about, export=export)
+    path = build_bundle(BundleConfig(targets=["onnx-int8"]), inputs, tmp_path / "all.tar.gz", QUIET)
     unpack(path, tmp_path / "all")
     return tmp_path / "all"

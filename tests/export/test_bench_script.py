@@ -1,6 +1,7 @@
 """bench.py of a bundle, by itself."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -46,6 +47,12 @@ def test_batches_and_openings(bundle):
     assert all("at most 3 images" in r["reason"] for r in timed if r["status"] == "not measured")
     assert not any("low" in r for r in report["rows"])  # two openings are too few for an interval
     assert {r["conditions"]["openings"] for r in timed if r["status"] == "measured"} == {2}
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    hashes = {f["path"]: f["sha256"] for f in manifest["files"]}
+    assert all(r["conditions"]["artifact_sha256"] == hashes[r["conditions"]["path"]] for r in timed)
+    assert {r["conditions"]["threads"] for r in timed} == {len(os.sched_getaffinity(0))}
+    alone = bench(bundle, "--openings", "1", "--threads", "1", "--target", "onnx-fp32")[1]["rows"]
+    assert {r["conditions"]["threads"] for r in alone} == {1}
     assert {"load_s", "images_per_s", "latency_p90_ms", "latency_mean_ms"} <= {r["metric"] for r in report["rows"]}
 
 
@@ -112,6 +119,13 @@ def test_what_cannot_run(bundle):
     code, report = bench(bundle, "--target", "onnx-int4")
     assert code == 1
     assert "there is no artifact onnx-int4" in report["rows"][0]["reason"]
+
+
+def test_without_its_manifest(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "b")
+    (tmp_path / "b/manifest.json").unlink()
+    code, report = bench(tmp_path / "b")
+    assert (code, "manifest.json cannot be read" in report["rows"][0]["reason"]) == (1, True)
 
 
 def test_a_stand_in_is_named(bundle, bare):

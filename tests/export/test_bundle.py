@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import errno
+import gc
 import hashlib
 import importlib.util
 import json
@@ -34,7 +35,7 @@ from distill.progress import Progress
 from export import bundle as building
 from export.artifact import Artifact, read_artifact
 from export.builders import build_target
-from export.bundle import TEMPLATES, BundleConfig, build_bundle
+from export.bundle import TEMPLATES, BundleConfig, BundleInputs, build_bundle
 from export.bundling.golden import Tolerance
 from export.bundling.keys import make_keys, read_private, read_public
 from export.bundling.selftest import selftest
@@ -86,8 +87,8 @@ def images() -> list[Image.Image]:
 def build(run, out: Path, config: BundleConfig | None = None, report: Path | None = None, **changes) -> Path:
     folder, artifacts = run
     about = {"student": "small", "run": {"name": "demo"}, "artifacts": artifacts, "model_folder": folder / "student"}
-    rest = {"golden_images": images(), "report_folder": report, "lineage": {"teacher": "vit_giant"}, "out": out}
-    return build_bundle(config or BundleConfig(), **{**about, **rest, "progress": QUIET, **changes})
+    rest = {"golden_images": images(), "report_folder": report, "lineage": {"teacher": "vit_giant"}}
+    return build_bundle(config or BundleConfig(), BundleInputs(**{**about, **rest, **changes}), out, QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -520,14 +521,14 @@ def test_infer_gives_the_encoders_features(run, good, tmp_path, bare):
     unpack(good, tmp_path / "b")
     pictures_ = [str(tmp_path / f"b/golden/image_{i}.png") for i in range(4)]  # more than the largest batch, which is 3
     done = bare(
-        tmp_path / "b/infer.py", *pictures_, "--target", "onnx-int8", "--resolution", "48", "--out", str(tmp_path / "f.npz")
+        tmp_path / "b/infer.py", *pictures_, "--target", "onnx-int8", "--resolution", "48", "--out", str(tmp_path / "f")
     )
     assert done.returncode == 0, done.stderr
     assert "onnx-int8 at 48 px: cls [4, 32], patches [4, 36, 32]" in done.stdout
     code = Preprocess.from_json(artifacts[1].file(48).preprocess)
     tensor = torch.from_numpy(np.stack([code(Image.open(p)) for p in pictures_]))
     expected = open_artifact(artifacts[1], 48, threads=1)(tensor)
-    with np.load(tmp_path / "f.npz") as features:
+    with np.load(tmp_path / "f") as features:  # under the very name that was asked for
         np.testing.assert_allclose(features["cls"], expected.cls.numpy(), atol=1e-4)
         np.testing.assert_allclose(features["patches"], expected.patches.numpy(), atol=1e-4)
     assert "onnx-fp32 at 32 px" in bare(tmp_path / "b/infer.py", pictures_[0]).stdout  # the first that runs
@@ -540,6 +541,7 @@ def test_infer_gives_the_encoders_features(run, good, tmp_path, bare):
         (["README.md"], 2, "cannot identify image file"),
         (["golden/image_0.png", "--target", "onnx-int4"], 2, "There is no onnx-int4 here, only onnx-fp32"),
         (["golden/image_0.png", "--resolution", "50"], 2, "no file for 50 px, only for 32, 48"),
+        (["golden/image_0.png", "--out", "none/f.npz"], 2, "none/f.npz cannot be written: No such file"),
         (["golden/image_0.png", "--target", "rtx-int8"], 3, "Nothing here can run: rtx-int8"),
     ],
 )
@@ -564,6 +566,7 @@ class Driver:
 
     def __init__(self):
         self.memory: dict[int, bytearray] = {}
+        self.next = 1 << 40  # beyond 32 bits
 
     def cuInit(self, flags):
         return 0
@@ -594,7 +597,7 @@ class Driver:
         return 0
 
     def cuMemAlloc_v2(self, pointer, size):
-        pointer._obj.value = (1 << 40) + (len(self.memory) << 30)  # beyond 32 bits
+        pointer._obj.value, self.next = self.next, self.next + (1 << 30)
         self.memory[pointer._obj.value] = bytearray(size.value)
         return 0 if size.value < 1 << 20 else 2
 
@@ -603,11 +606,11 @@ class Driver:
         return 0
 
     def cuMemcpyHtoD_v2(self, pointer, host, size):
-        self.memory[pointer.value][:] = ctypes.string_at(host.value, size.value)
+        self.memory[pointer.value][: size.value] = ctypes.string_at(host.value, size.value)
         return 0
 
     def cuMemcpyDtoH_v2(self, host, pointer, size):
-        ctypes.memmove(host.value, bytes(self.memory[pointer.value]), size.value)
+        ctypes.memmove(host.value, bytes(self.memory[pointer.value][: size.value]), size.value)
         return 0
 
     def cuStreamSynchronize(self, stream):
@@ -629,9 +632,11 @@ def fake_tensorrt(driver: Driver, refuses: bool = False) -> ModuleType:
             self.addresses[name] = pointer
 
         def execute_async_v3(self, stream):
-            taken = np.frombuffer(driver.memory[self.addresses["images"]], np.float32).reshape(self.shape)
-            driver.memory[self.addresses["cls"]][:] = np.ascontiguousarray(taken.mean((2, 3))).tobytes()
-            driver.memory[self.addresses["patches"]][:] = np.ascontiguousarray(taken[:, :, 0, :2].transpose(0, 2, 1)).tobytes()
+            count = int(np.prod(self.shape))  # a buffer may be larger: it is kept from a larger batch
+            taken = np.frombuffer(bytes(driver.memory[self.addresses["images"]]), np.float32)[:count].reshape(self.shape)
+            for name, values in (("cls", taken.mean((2, 3))), ("patches", taken[:, :, 0, :2].transpose(0, 2, 1))):
+                data = np.ascontiguousarray(values).tobytes()
+                driver.memory[self.addresses[name]][: len(data)] = data
             return stream == 77
 
     class Engine:
@@ -676,12 +681,16 @@ def test_engine_runs_through_the_driver(engine):
     infer, artifact, driver = engine
     model = infer.Model(artifact, artifact["files"][0])
     given = np.random.default_rng(0).normal(size=(7, 3, 32, 32)).astype(np.float32)
+    model.run(given[:1])
     got = model.run(given)  # in batches of 3, 3 and 1
     np.testing.assert_allclose(got["cls"], given.mean((2, 3)), atol=1e-6)
     np.testing.assert_array_equal(got["patches"], given[:, :, 0, :2].transpose(0, 2, 1))
-    assert driver.memory == {}
+    kept = sorted(map(len, driver.memory.values()))
+    assert kept == sorted([given[:3].nbytes, 3 * 3 * 4, 3 * 2 * 3 * 4]), "one buffer a tensor, as large as its largest batch"
     with pytest.raises(RuntimeError, match="no profile for a batch of 4"):
         model.opened(given[:4])
+    del model
+    gc.collect()
     assert driver.memory == {}
 
 

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import platform
+import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +13,12 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 from PIL import Image
-from tiny_bundle import remade, tiny_artifacts, tiny_bundle
+from tiny_bundle import PREPROCESS, remade, tiny_artifacts, tiny_bundle
 
 from distill.errors import GateFailed, UserError
-from distill.evaluate.dense_head import Head, predict
 from distill.evaluate.kept_heads import kept_heads
+from distill.evaluate.linear_head import Head, predict
+from distill.files import sha256_file
 from distill.progress import Progress
 from export.artifact import Artifact
 from export.bundle import TEMPLATES, BundleConfig
@@ -64,7 +68,7 @@ def run(tmp_path_factory) -> tuple[Path, list[Artifact]]:
 
 def built(run, **settings) -> Path:
     folder, artifacts = run
-    return tiny_bundle(folder, artifacts, BundleConfig(**settings), kept=kept_heads(folder / "evaluate", "students/small"))
+    return tiny_bundle(folder, artifacts, BundleConfig(**settings), heads=kept_heads(folder / "evaluate", "students/small"))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,9 @@ def test_what_goes_in(run, good, tmp_path):
     listed = {f.path: f.sha256 for f in result.manifest.files}
     assert all(bill[h.path]["hashes"][0]["content"] == listed[h.path] for h in heads.values())
     line = "head `rooms`: segmentation at 32 px, 3 classes, trained by this run's evaluation on the features of `torch-fp32`\n"
-    assert line in (tmp_path / "b/MODEL_CARD.md").read_text()
+    card = (tmp_path / "b/MODEL_CARD.md").read_text()
+    assert line in card
+    assert "evaluation's images; the licence of those images and labels is not stated." in card
     assert "| `far` | depth | 32 px | onnx-fp32, onnx-int8 | – | torch-fp32 |" in (tmp_path / "b/README.md").read_text()
     assert built(run).read_bytes() == good.read_bytes()
     assert [h.name for h in verify(built(run, heads=["rooms"])).manifest.heads] == ["rooms"]
@@ -130,15 +136,18 @@ def test_heads_of_another_size_and_of_an_artifact_alone(run, tmp_path):
     folder, artifacts = run
     evaluated(tmp_path / "e", {"far": HEADS["far"]}, "students.small-torch-fp32-99")
     kept = kept_heads(tmp_path / "e", "students/small")
-    assert verify(tiny_bundle(folder, artifacts, kept=kept)).manifest.heads == []
+    assert verify(tiny_bundle(folder, artifacts, heads=kept)).manifest.heads == []
     with pytest.raises(UserError, match="it was trained at 99 px"):
-        tiny_bundle(folder, artifacts, BundleConfig(heads=["far"]), kept=kept)
+        tiny_bundle(folder, artifacts, BundleConfig(heads=["far"]), heads=kept)
     evaluated(tmp_path / "e", {"far": HEADS["far"]}, "students.small-onnx-int8-48")
-    (only,) = verify(tiny_bundle(folder, artifacts, kept=kept_heads(tmp_path / "e", "students/small"))).manifest.heads
+    (only,) = verify(tiny_bundle(folder, artifacts, heads=kept_heads(tmp_path / "e", "students/small"))).manifest.heads
     assert (only.trained_on, only.resolution) == ("onnx-int8", 48)
+    evaluated(tmp_path / "e", {"far": DEEP})  # in PyTorch and of the right size, but of four layers
+    (only,) = verify(tiny_bundle(folder, artifacts, heads=kept_heads(tmp_path / "e", "students/small"))).manifest.heads
+    assert (only.trained_on, only.kind) == ("onnx-int8", "depth")
     (tmp_path / "e/tasks/far/head-students.small-onnx-int8-48.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="holds no head"):
-        tiny_bundle(folder, artifacts, kept=kept_heads(tmp_path / "e", "students/small"))
+        tiny_bundle(folder, artifacts, heads=kept_heads(tmp_path / "e", "students/small"))
 
 
 def test_config_problems():
@@ -197,25 +206,51 @@ def test_a_changed_head_under_right_hashes(good, tmp_path):
         selftest(bad, Progress("quiet"), seconds=0)
 
 
-def test_infer_asks_a_head(good, tmp_path, bare):
+def features(folder: Path, picture: Path, fit: str) -> tuple[np.ndarray, np.ndarray]:
+    """(cls [1, D], patches [1, N, D]) of onnx-fp32 at 32 px."""
+    with Image.open(picture) as image:
+        tensor = replace(PREPROCESS, fit=fit)(image)[None]
+    session = onnxruntime.InferenceSession(folder / "artifacts/onnx-fp32/model_32.onnx", providers=["CPUExecutionProvider"])
+    cls, patches = session.run(["cls", "patches"], {"images": tensor})
+    return cls, patches
+
+
+def test_infer_says_what_a_classifier_says(good, tmp_path, bare):
     unpack(good, tmp_path / "b")
-    pictures = [str(tmp_path / f"b/golden/image_{i}.png") for i in range(4)]
-    done = bare(tmp_path / "b/infer.py", *pictures, "--head", "main")
-    lines = done.stdout.splitlines()
-    assert (done.returncode, lines[0], len(lines)) == (0, "main on onnx-fp32 at 32 px", 5), done.stderr
-    assert lines[1].startswith(f"{pictures[0]}: ")
-    answers = [a.split() for a in lines[1].removeprefix(f"{pictures[0]}: ").split(", ")]
-    shares = [float(share.rstrip("%")) for _, share in answers]
-    assert len({n for n, _ in answers} & set(NAMES)) == 5
-    assert shares == sorted(shares, reverse=True)
-    assert 0 < sum(shares) <= 100.3
-    for name, mode, words in (("rooms", "L", "holds class ids"), ("far", "I;16", "holds millimetres")):
-        done = bare(tmp_path / "b/infer.py", pictures[3], "--head", name, "--target", "onnx-int8", "--out", str(tmp_path / "m"))
-        assert (done.returncode, words in done.stdout) == (0, True), done.stdout + done.stderr
-        with Image.open(tmp_path / f"m/image_3-{name}.png") as drawn, Image.open(pictures[3]) as picture:
-            assert (drawn.size, drawn.mode) == (picture.size, mode)
-            values = np.asarray(drawn)
-        assert set(np.unique(values)) <= {0, 2, 5} if name == "rooms" else 500 <= values.min() <= values.max() <= 8000
+    pictures, one = [tmp_path / f"b/golden/image_{i}.png" for i in range(4)], HEADS["main"]
+    done = bare(tmp_path / "b/infer.py", *map(str, pictures), "--head", "main")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *lines = done.stdout.splitlines()
+    assert (first, len(lines)) == ("main on onnx-fp32 at 32 px", 4)
+    for picture, line in zip(pictures, lines, strict=True):
+        cls, patches = features(tmp_path / "b", picture, "crop")
+        (logits,) = ((np.concatenate([cls, patches.mean(1)], 1) - one.shift) * one.scale) @ one.weight.T + one.bias
+        shares = 100 * np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        said = [answer.split() for answer in line.removeprefix(f"{picture}: ").split(", ")]
+        assert [name for name, _ in said] == [NAMES[k] for k in np.argsort(-shares)[:5]]
+        np.testing.assert_allclose([float(share.rstrip("%")) for _, share in said], -np.sort(-shares)[:5], atol=0.06)
+    done = bare(tmp_path / "b/infer.py", str(pictures[0]), "--head", "main", "--target", "onnx-int8")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "main on onnx-int8 at 32 px")
+
+
+@pytest.mark.parametrize(("name", "mode", "words"), [("rooms", "L", "holds class ids"), ("far", "I;16", "holds millimetres")])
+def test_infer_draws_what_a_dense_head_says(good, tmp_path, bare, name, mode, words):
+    """Of a picture that is not square: squashed it gives other features than cropped, and its map has another shape transposed."""
+    unpack(good, tmp_path / "b")
+    picture = tmp_path / "b/golden/image_3.png"
+    done = bare(tmp_path / "b/infer.py", str(picture), "--head", name, "--out", str(tmp_path / "m"))
+    assert (done.returncode, words in done.stdout) == (0, True), done.stdout + done.stderr
+    with Image.open(tmp_path / f"m/image_3-{name}.png") as drawn:
+        assert (drawn.size, drawn.mode) == ((200, 41), mode)
+        values = np.asarray(drawn)
+    cls, patches = features(tmp_path / "b", picture, "squash")
+    (expected,) = predict(HEADS[name], patches, cls, (41, 200))
+    if name == "rooms":
+        assert len(np.unique(expected)) > 1
+        assert (values == expected).mean() > 0.999, "but for ties at the last digit"
+    else:
+        assert np.ptp(expected) > 0.1
+        np.testing.assert_allclose(values / 1000, expected, atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -282,3 +317,40 @@ def test_agreement_counts_what_it_says():
     moved = np.array([[5, 4, 3, 2, 0, 1], [9, 1, 2, 3, 4, 5]], np.float32)
     assert code.top_agreement(logits, moved) == {"items": 2, "top1_agreement": 0.5, "top5_agreement": 0.8}
     assert "top5_agreement" not in code.top_agreement(logits[:, :5], moved[:, :5])
+
+
+def test_an_engine_answers_for_what_it_was_built_from(good, tmp_path, bare):
+    """As build_engine.py leaves it, but that the "engine" is an ONNX file, which runs without a GPU."""
+    unpack(good, tmp_path / "b")
+    onnx, folder = tmp_path / "b/artifacts/onnx-fp32/model_32.onnx", tmp_path / "engines"
+    folder.mkdir()
+    (folder / "a.engine").write_bytes(onnx.read_bytes())
+    entry = {
+        "path": "a.engine",
+        "sha256": sha256_file(onnx),
+        "bytes": onnx.stat().st_size,
+        "target": "onnx-fp32",
+        "onnx": "artifacts/onnx-fp32/model_32.onnx",
+        "onnx_sha256": sha256_file(onnx),
+        "compute_capabilities": [],
+        "runtime": "onnxruntime",
+        "versions": {},
+        "system": platform.system().lower(),
+    }
+    listed = {"format": "decant-engines-1", "engines": [{**entry, "machine": platform.machine().lower()}]}
+    (folder / "engines.json").write_text(json.dumps(listed))
+    done = bare(tmp_path / "b/selftest.py", "--json", "--seconds", "0", "--engines", str(folder))
+    assert done.returncode == 0, done.stdout
+    results = {r["check"]: r for r in json.loads(done.stdout)["results"]}
+    (mine,), (small, _) = results["engines/a.engine"]["files"], results["onnx-fp32"]["files"]
+    assert mine["heads"] == small["heads"] != {}
+
+
+def test_a_class_beyond_a_png_is_refused(good, tmp_path):
+    unpack(good, tmp_path / "b")
+    code = runpy.run_path(str(tmp_path / "b/head.py"))
+    head = {"kind": "segmentation", "ids": [0, 70_000], "classes": [], "name": "rooms"}
+    logits = np.zeros((16, 2), np.float32)
+    assert code["dense_map"](head, logits, (32, 32))[0].size == (32, 32)
+    with pytest.raises(ValueError, match="class id 70000 does not fit into a PNG"):
+        code["dense_map"](head, logits + np.array([0, 1], np.float32), (32, 32))

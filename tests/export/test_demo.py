@@ -13,7 +13,7 @@ from PIL import Image
 
 from distill.data.preprocess import Preprocess
 from distill.errors import EnvironmentFailed, UserError
-from distill.evaluate.dense_head import Head, predict
+from distill.evaluate.linear_head import Head, predict
 from export.artifact import Artifact, ArtifactFile, TensorSpec
 from export.demo import index as index_module
 from export.demo import vision

@@ -19,7 +19,7 @@ from distill.data.preprocess import Preprocess
 from distill.models.checkpoints import save_model
 from distill.progress import Progress
 from export.builders import build_target
-from export.bundle import BundleConfig, build_bundle
+from export.bundle import BundleConfig, BundleInputs, build_bundle
 from export.targets import ExportConfig, Images
 from recipes.cli import app
 
@@ -51,18 +51,8 @@ def made(tmp_path_factory) -> Path:
         artifacts.append(build_target(target, config, "small", folder / "teacher", sources, IMAGES, out, QUIET))
         sources[target] = out
     bundle = BundleConfig(golden_images=2)
-    build_bundle(
-        bundle,
-        "small",
-        {},
-        artifacts,
-        folder / "teacher",
-        [photo(i) for i in range(2)],
-        None,
-        {},
-        folder / "small.tar.gz",
-        QUIET,
-    )
+    inputs = BundleInputs("small", {}, artifacts, folder / "teacher", [photo(i) for i in range(2)], None, {})
+    build_bundle(bundle, inputs, folder / "small.tar.gz", QUIET)
     (folder / "photos").mkdir()
     for i in range(4):
         photo(i).save(folder / "photos" / f"{i}.png")

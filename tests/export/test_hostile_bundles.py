@@ -30,7 +30,7 @@ from distill.errors import GateFailed, UserError
 from distill.models.checkpoints import save_model
 from distill.progress import Progress
 from export.builders import build_target
-from export.bundle import BundleConfig, build_bundle
+from export.bundle import BundleConfig, BundleInputs, build_bundle
 from export.bundling.archive import tar_header
 from export.bundling.dsse import SIGNATURE, Envelope, statement
 from export.bundling.keys import PUBLIC, PrivateKey, PublicKey, make_keys, read_private, read_public
@@ -90,7 +90,8 @@ def pair(tmp_path_factory) -> tuple[Real, Real]:
         private, _, _ = make_keys(folder / name, None)
         settings = BundleConfig(golden_images=1, sign_key=str(private))
         out = folder / f"{name}.tar.gz"
-        build_bundle(settings, "small", {"name": name}, [artifact], folder / "student", [picture], None, {}, out, QUIET)
+        inputs = BundleInputs("small", {"name": name}, [artifact], folder / "student", [picture], None, {})
+        build_bundle(settings, inputs, out, QUIET)
         assert verify(out, trust=Trust((read_public(folder / name / PUBLIC),))).trusted
         made.append(read(out, read_private(private)))
     return made[0], made[1]

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from fake_device import fake_device
+from interrupts import heeds_interrupts
 from rebuild_kit import everything, files_in, index, kit, log, selftest
 from tiny_bundle import tiny_artifacts, tiny_bundle
 
@@ -149,7 +150,8 @@ def test_a_failure(kit_bundle, tmp_path, by):
 def test_killed_in_the_middle(kit_bundle, tmp_path, by, sent):
     env = fake_device(tmp_path / "d", "10.3.0", trtexec=True)
     command = [sys.executable, "-B", kit_bundle / "build_engine.py", "--target", "onnx-int8", "--runtime", by]
-    process = subprocess.Popen(command, env={**env, "FAKE_SLEEP": "20"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env={**env, "FAKE_SLEEP": "20"}, preexec_fn=heeds_interrupts, **pipes)
     deadline = time.monotonic() + 60
     while not log(env) and time.monotonic() < deadline:
         time.sleep(0.05)

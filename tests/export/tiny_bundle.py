@@ -15,7 +15,7 @@ from distill.models.checkpoints import save_model
 from distill.progress import Progress
 from export.artifact import Artifact
 from export.builders import build_target
-from export.bundle import BundleConfig, build_bundle
+from export.bundle import BundleConfig, BundleInputs, build_bundle
 from export.bundling.archive import write_archive
 from export.bundling.verify import MANIFEST, unpack, verify
 from export.targets import ExportConfig, Images
@@ -45,13 +45,16 @@ def photographs() -> list[Image.Image]:
 
 
 def tiny_bundle(folder: Path, artifacts: list[Artifact], config: BundleConfig | None = None, **more: Any) -> Path:
-    """Write `folder`/small.tar.gz. `more`: of build_bundle."""
+    """Write `folder`/small.tar.gz. `more`: of BundleInputs."""
     settings = config or BundleConfig(golden_images=4)
-    about = {"name": "demo"}
-    student, out = folder / "student", folder / "small.tar.gz"
-    return build_bundle(
-        settings, "small", about, artifacts, student, photographs(), None, {"teacher": "large"}, out, QUIET, **more
-    )
+    about: dict[str, Any] = {
+        "student": "small",
+        "run": {"name": "demo"},
+        "lineage": {"teacher": "large"},
+        "report_folder": None,
+    }
+    inputs = BundleInputs(artifacts=artifacts, model_folder=folder / "student", golden_images=photographs(), **about, **more)
+    return build_bundle(settings, inputs, folder / "small.tar.gz", QUIET)
 
 
 def remade(bundle: Path, out: Path, change: Callable[[Path], object]) -> Path:

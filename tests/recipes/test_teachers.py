@@ -3,6 +3,7 @@ from kept targets.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,6 +267,46 @@ def test_an_earlier_run_teaches_with_the_heads_it_has(here, tmp_path):
     said = here.train(wanted).err
     assert "load: starts" in said
     assert "distill: starts" in said
+
+
+def test_a_student_goes_on_from_a_trained_model(here, tmp_path):
+    """With a learning rate of nearly nothing it stays what it started from; without a start it is another network."""
+    (tmp_path / "earlier").mkdir()
+    earlier = Folder(tmp_path / "earlier")
+    earlier.train(recipe(pretrained()))
+    still = {"optim": {"lr": 1e-9, "min_lr": 0.0, "warmup": 0.0, "weight_decay": [0.0, 0.0]}}
+    start = earlier.run / "teacher"
+    students = {"a": {"backbone": VIT, "start": str(start)}, "b": {"backbone": VIT}}
+    wanted = recipe({"load": {"kind": "run", "path": str(earlier.run)}}, still, students=students)
+    here.train(wanted)
+    theirs = load_file(start / "backbone.safetensors")
+    for name, alike in (("a", True), ("b", False)):
+        ours = load_file(here.run / f"students/{name}/backbone.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[n], theirs[n], atol=1e-4) for n in ours) == alike
+    assert "nothing changed: load, distill" in here.train(wanted).err
+    moved = start.with_name("moved")
+    shutil.copytree(start, moved)
+    wanted["students"]["a"]["start"] = str(moved)
+    assert "nothing changed: load, distill" in here.train(wanted).err, "the content counts, not the place"
+    save_tensors(moved / "backbone.safetensors", {k: v * 1.01 for k, v in theirs.items()})
+    assert "distill: starts" in here.train(wanted).err
+
+
+def test_a_start_that_does_not_fit(here, tmp_path):
+    (tmp_path / "earlier").mkdir()
+    earlier = Folder(tmp_path / "earlier")
+    earlier.train(recipe(pretrained()))
+    load = {"load": {"kind": "run", "path": str(earlier.run)}}
+
+    def started(start: Path, **changes: Any) -> dict[str, Any]:
+        return recipe(load, students={"a": {"backbone": VIT | changes, "start": str(start)}})
+
+    sentence(here.do("check", started(tmp_path / "none"), code=2), "students.a.start", "holds no model (no model.json)")
+    said = here.train(started(earlier.run / "teacher", dim=16), code=2)
+    sentence(said, "holds another backbone than students.a.backbone", "model.json")
+    here.train(recipe(load))
+    sentence(here.train(started(here.run / "students/a"), code=2), "students.a.start", "this very run's folder", "--out")
 
 
 def test_a_stated_licence_moves_the_bundle_and_nothing_else(tmp_path):

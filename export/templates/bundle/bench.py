@@ -17,6 +17,7 @@ import gc
 import importlib.util
 import json
 import math
+import runpy
 import sys
 import time
 from functools import partial
@@ -24,9 +25,12 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True  # the folder stays as it was verified
 HERE = Path(__file__).resolve().parent
+plumbing = runpy.run_path(str(HERE / "infer.py"))
+load, first_line = plumbing["load"], plumbing["first_line"]
 FORMAT = "decant-device-bench-1"
 PERCENTILE_99_NEEDS = 1000
 STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 % by degrees of freedom
+CPU = ("onnxruntime", "openvino")
 TENSORS = "one call: float32 images in host memory to float32 features in host memory, preprocessing apart"
 
 
@@ -60,7 +64,12 @@ def run(args):
         return report
     infer = load("infer")
     before = load("machine").state()
-    cases, rows = cases_of(infer, args)
+    try:
+        cases, rows = cases_of(infer, args)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        why = f"manifest.json cannot be read ({type(e).__name__}: {first_line(e)})"
+        report["rows"], report["exit_code"] = [unmeasured("latency_p50_ms", "all", why, failed=True)], 1
+        return report
     cases = alone(infer, cases, rows)
     failed = take_turns(cases, args, rows)
     after = load("machine").state()
@@ -77,10 +86,11 @@ class Case:
     `times` is (what, batch) -> opening -> round -> seconds of each call.
     """
 
-    def __init__(self, artifact, file, opened, png, batches):
+    def __init__(self, artifact, file, opened, png, batches, known):
         self.artifact, self.file, self.opened, self.png, self.times = artifact, file, opened, png, {}
         self.run_by = artifact["runtime"]  # once it was opened: what ran it, perhaps a stand-in for that
         self.batches = [b for b in batches if b <= artifact["max_batch"]]
+        self.known = known  # conditions that are known beforehand: the file's hash, threads
 
     def conditions(self):
         runtime = self.run_by
@@ -89,7 +99,8 @@ class Case:
             "runtime": runtime,
             "runtime_version": load("machine").version(runtime),
             "stands_in_for": None if runtime == self.artifact["runtime"] else self.artifact["runtime"],
-            "device": "cpu" if runtime in ("onnxruntime", "openvino") else "gpu",
+            "device": "cpu" if runtime in CPU else "gpu",
+            **self.known,
             "path": None if Path(self.file["path"]).is_absolute() else self.file["path"],
             "built_on_device": Path(self.file["path"]).is_absolute() or None,
         }
@@ -111,27 +122,37 @@ class Case:
 
 def cases_of(infer, args):
     """What is to be timed, and rows for what cannot be."""
-    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+    manifest = infer.read_json("manifest.json")
     png, batches, cases, rows = HERE / manifest["golden"]["images"][0], sorted(set(args.batch or [1])), [], []
-    known = [a["target"] for a in manifest["artifacts"]]
+    targets = [a["target"] for a in manifest["artifacts"]]
+    hashes = {f["path"]: f["sha256"] for f in manifest["files"]}
     wanted = [a for a in manifest["artifacts"] if not args.target or a["target"] in args.target]
     for artifact in wanted:
         for file in artifact["files"]:
-            cases.append(Case(artifact, file, partial(infer.Model, artifact, file, args.threads), png, batches))
+            known = {"artifact_sha256": hashes[file["path"]], "threads": threads_of(artifact, args.threads)}
+            cases.append(Case(artifact, file, partial(infer.Model, artifact, file, args.threads), png, batches, known))
     for target in args.target or []:
-        if target not in known:
+        if target not in targets:
             rows.append(unmeasured("latency_p50_ms", target, f"there is no artifact {target}", failed=True))
     for check, artifact in engines_of(manifest, args.engines, args.target):
         if isinstance(artifact, str):
             rows.append(unmeasured("latency_p50_ms", check, artifact, failed=True))
             continue
         for file in artifact["files"]:
-            cases.append(Case(artifact, file, partial(infer.Model, artifact, file, args.threads), png, batches))
+            known = {"artifact_sha256": file["sha256"], "threads": threads_of(artifact, args.threads)}
+            cases.append(Case(artifact, file, partial(infer.Model, artifact, file, args.threads), png, batches, known))
     for case in cases:
         for batch in sorted(set(batches) - set(case.batches)):
             why = f"it takes at most {case.artifact['max_batch']} images a call"
             rows.append(unmeasured("latency_p50_ms", case.artifact["target"], why, batch=batch, **case.conditions()))
     return cases, rows
+
+
+def threads_of(artifact, asked):
+    """Threads of the CPU that a runtime may use: as many as were asked for, or as this process has; None on a GPU."""
+    if artifact["runtime"] not in CPU:
+        return None
+    return asked or load("machine").machine()["threads"]
 
 
 def engines_of(manifest, folder, targets):
@@ -301,21 +322,6 @@ def line(row):
         return f"{row['target']:<14} {row['metric']:<18} {at:<24} not measured: {row['reason']}"
     ends = f" ({row['low']:.4g} to {row['high']:.4g})" if "low" in row else ""
     return f"{row['target']:<14} {row['metric']:<18} {at:<24} {row['value']:.4g}{ends}, n = {row['n']}"
-
-
-def load(name):
-    """A module of this bundle by its path: nothing else of that name can stand in for it."""
-    spec = importlib.util.spec_from_file_location(f"bundle_{name}", HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def engine_artifacts(manifest, folder, target=None):
             (like,) = (f for f in artifact["files"] if f["resolution"] == source["resolution"])
             tolerance = {k: source[k] for k in ("cosine_min", "max_abs")}
             file = {k: like[k] for k in ("resolution", "inputs", "outputs")}
-            file.update(path=str(path.resolve()), expected={**like["expected"], **tolerance})
+            file.update(path=str(path.resolve()), sha256=engine["sha256"], expected={**like["expected"], **tolerance})
             runtime = engine["runtime"]
             needs = {"systems": [engine["system"]], "machines": [engine["machine"]], "built_with": engine["versions"]}
             needs.update(runtime=runtime, compute_capabilities=engine["compute_capabilities"])

@@ -118,5 +118,7 @@ def dense_map(head, result, size):
         f"{class_name(head, k)} {counts[k] / index.size:.0%}" for k in np.argsort(-counts, kind="stable")[:5] if counts[k]
     ]
     ids = np.array(head["ids"])[index]
+    if ids.max() > 65535:
+        raise ValueError(f"class id {ids.max()} does not fit into a PNG; use `opened` and the logits")
     kind = np.uint8 if ids.max() < 256 else np.uint16
     return Image.fromarray(ids.astype(kind)), f"{', '.join(shares)}; the picture holds class ids"

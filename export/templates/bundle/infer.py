@@ -228,7 +228,7 @@ class EngineFile:
         if self.engine is None:
             raise RuntimeError(f"{artifact['runtime']} {trt.__version__} refused the engine on {self.cuda.name}")
         self.context = self.engine.create_execution_context()
-        self.input, self.outputs = file["inputs"][0], file["outputs"]
+        self.input, self.outputs, self.buffers = file["inputs"][0], file["outputs"], {}
 
     def __call__(self, images):
         import numpy as np
@@ -237,21 +237,29 @@ class EngineFile:
         results = {p["name"]: np.empty([len(images), *p["shape"][1:]], np.float32) for p in self.outputs}
         if not self.context.set_input_shape(self.input["name"], images.shape):
             raise RuntimeError(f"the engine has no profile for a batch of {len(images)}")
-        buffers = {}
-        try:
-            for name, array in {self.input["name"]: images, **results}.items():
-                buffers[name] = self.cuda.allocate(array.nbytes)
-                self.context.set_tensor_address(name, buffers[name])
-            self.cuda.upload(buffers[self.input["name"]], images)
-            if not self.context.execute_async_v3(self.cuda.stream):
-                raise RuntimeError("the engine did not start")
-            self.cuda.synchronize()
-            for name, array in results.items():
-                self.cuda.download(array, buffers[name])
-        finally:
-            for pointer in buffers.values():
-                self.cuda.free(pointer)
+        for name, array in {self.input["name"]: images, **results}.items():
+            self.context.set_tensor_address(name, self.buffer(name, array.nbytes))
+        self.cuda.upload(self.buffers[self.input["name"]][0], images)
+        if not self.context.execute_async_v3(self.cuda.stream):
+            raise RuntimeError("the engine did not start")
+        self.cuda.synchronize()
+        for name, array in results.items():
+            self.cuda.download(array, self.buffers[name][0])
         return results
+
+    def buffer(self, name, size):
+        """GPU memory of a tensor, kept for the next call: asking the driver each time would be part of every latency."""
+        pointer, have = self.buffers.get(name, (None, 0))
+        if have < size:
+            if pointer is not None:
+                self.cuda.free(self.buffers.pop(name)[0])
+            pointer = self.cuda.allocate(size)
+            self.buffers[name] = pointer, size
+        return pointer
+
+    def __del__(self):
+        for pointer, _ in getattr(self, "buffers", {}).values():
+            self.cuda.free(pointer)
 
 
 class Cuda:
@@ -393,7 +401,12 @@ def main():
     took = f"{seconds * 1000:.1f} ms with preprocessing"
     print(f"{model.artifact['target']} at {model.file['resolution']} px{said(model)}: {shapes}, {took}")
     if args.out:
-        np.savez(args.out, **features)
+        try:
+            with open(args.out, "wb") as f:  # under the very name that was asked for
+                np.savez(f, **features)
+        except OSError as e:
+            print(f"{args.out} cannot be written: {e.strerror}", file=sys.stderr)
+            return 2
         print(f"written to {args.out}")
     return 0
 

@@ -6,8 +6,8 @@ from dense_cases import Maps, Memory, enlarged, tokens_of
 
 from distill.data.maps import SceneMapsConfig
 from distill.evaluate.dense_fit import histograms
-from distill.evaluate.dense_head import Head, predict
 from distill.evaluate.depth import DepthTask, _rmse, depth_errors
+from distill.evaluate.linear_head import Head, predict
 from distill.evaluate.task import Unfit
 from distill.progress import Progress
 

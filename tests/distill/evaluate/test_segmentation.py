@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from distill.data.maps import SceneMapsConfig
 from distill.errors import UserError
 from distill.evaluate.dense_fit import FitSettings, Tokens, cosines, histograms, train
-from distill.evaluate.dense_head import Head, predict
+from distill.evaluate.linear_head import Head, predict
 from distill.evaluate.segmentation import SegmentationTask, _miou, overlaps
 from distill.evaluate.task import Stored, Unfit
 from distill.progress import Progress

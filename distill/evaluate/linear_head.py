@@ -1,4 +1,5 @@
-"""A trained linear head: a plain record of arrays that a bundle can carry, and what a dense one says of every pixel of an image.
+"""A trained linear head, of images or of their patches: a plain record of arrays that a bundle can carry, and what a dense one says of
+every pixel of an image.
 
 Shape legend: B images, N tokens an image on a g x g grid, L layers, D width, F inputs, K outputs, H W pixels.
 """
@@ -33,7 +34,8 @@ class Head:
         layers: L, the last so many layers' tokens, earliest first, are its inputs; of a classification their CLS.
         cls: the L layers' CLS follow after them.
         names: of the K classes; empty for depth, and where a classification's are not known.
-        constant: the best answer without looking, from the training maps: the commonest class id, or the mean depth in metres.
+        constant: the best answer without looking, from the training maps: the commonest class id, or the mean depth in metres;
+            None of a classification, which is not compared with it.
         training: how it was trained, and its score on the held-out training images. JSON values.
         mean_patch: the mean patch of the last layer follows after a classification's CLS.
     """
@@ -47,7 +49,7 @@ class Head:
     layers: int
     cls: bool
     names: list[str]
-    constant: float
+    constant: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
     mean_patch: bool = False
 
