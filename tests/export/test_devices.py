@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from device_lab import QUIET, Lab, beside_selftest, device, gone, waited
+from interrupts import heeds_interrupts
 from tiny_bundle import tiny_artifacts, tiny_bundle
 from typer.testing import CliRunner
 
@@ -329,6 +330,7 @@ def test_an_interrupt_stops_all_and_keeps_what_came_home(lab, bundle, tmp_path, 
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "TMPDIR": str(tmp_path / "t")},
+        preexec_fn=heeds_interrupts,
     )
     pid = int(waited(tmp_path / "pid"))
     process.send_signal(number)
@@ -345,7 +347,8 @@ def test_an_interrupt_ends_list_at_once(tmp_path):
     (tmp_path / "bin/ssh").write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}\nexec sleep 600\n")
     (tmp_path / "bin/ssh").chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    process = subprocess.Popen([sys.executable, "-m", "recipes.cli", "device", "list", "--on", "ssh://x"], env=env)
+    command = [sys.executable, "-m", "recipes.cli", "device", "list", "--on", "ssh://x"]
+    process = subprocess.Popen(command, env=env, preexec_fn=heeds_interrupts)
     pid = int(waited(tmp_path / "pid"))
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
