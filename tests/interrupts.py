@@ -4,5 +4,6 @@ import signal
 
 
 def heeds_interrupts() -> None:
-    """For `preexec_fn`: what a shell starts in the background ignores SIGINT, and its children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """For `preexec_fn`: what a shell starts in the background ignores SIGINT, what nohup starts SIGHUP, and their children inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
