@@ -12,7 +12,7 @@ from export.bundling.verify import Manifest
 DOCKERFILE = """\
 # {student}, made by Decant {decant}: features of images on the CPU.
 #     docker build -t {tag} .
-#     docker run --rm -v "$PWD:/data" {tag} /data/photo.jpg --out /data/features.npz
+#     docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" {tag} /data/photo.jpg --out /data/features.npz
 FROM python:{python}-slim
 COPY requirements.txt /
 RUN pip install --no-cache-dir -r /requirements.txt

@@ -173,6 +173,10 @@ class Manifest(Strict):
         return {MANIFEST: manifest_sha256} | {f.path: f.sha256 for f in self.files}
 
 
+class Untrusted(Refused):
+    """Signed by nobody in question."""
+
+
 @dataclass(frozen=True)
 class Trust:
     """Whom a bundle must come from.
@@ -188,10 +192,12 @@ class Trust:
     def check(self, signers: tuple[PublicKey, ...]) -> None:
         """Refuse a bundle that nobody in question signed; its signatures themselves were tested before."""
         if not signers and (self.keys or self.required):
-            raise Refused("it is not signed, and a signature is asked for")
+            raise Untrusted(
+                "it is not signed, and a signature is asked for; sign it with `decant sign`, or get it from who does"
+            )
         if self.keys and not set(self.keys) & set(signers):
             theirs, asked = (", ".join(sorted(k.key_id for k in keys)) for keys in (signers, self.keys))
-            raise Refused(f"it is signed by {theirs} and not by {asked}, as asked")
+            raise Untrusted(f"it is signed by {theirs} and not by {asked}, as asked")
 
 
 ANYONE = Trust()
@@ -290,6 +296,8 @@ def opened(path: Path, limits: Limits) -> Iterator[ArchiveReader]:
     try:
         with open(path, "rb") as file:
             yield ArchiveReader(file, limits)
+    except Untrusted as e:  # another copy would be signed no better
+        raise GateFailed(f"{path} was refused: {e}.") from e
     except Refused as e:
         raise GateFailed(f"{path} was refused: {e}; copy it again, or rebuild it with `decant bundle RUN`.") from e
     except PermissionError as e:

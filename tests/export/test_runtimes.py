@@ -371,7 +371,7 @@ class TestReadArtifact:
             read_artifact(onnx_artifact.folder)
 
 
-def test_eight_bit_products_are_exact_on_every_processor():
+def test_eight_bit_products_are_exact_on_every_processor(monkeypatch):
     """Weights at the end of their range and inputs all large: without VNNI a plain session cuts the sums of two products off."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
@@ -396,6 +396,14 @@ def test_eight_bit_products_are_exact_on_every_processor():
 
     images = np.full((1, 64), 127, np.float32)
     wanted = 64 * 127 * 127
+    (first, _) = exact_session(model(shared=False), 1).run(None, {"x": images})
+    assert first.tolist() == [[wanted] * 8]
+    entry = "session.x64quantprecision"
+    monkeypatch.setattr("export.sessions.has_vnni", lambda: True)  # exact by itself, and much faster without the entry
+    with pytest.raises(RuntimeError, match=entry):
+        exact_session(model(shared=False), 1).get_session_options().get_session_config_entry(entry)
+    monkeypatch.setattr("export.sessions.has_vnni", lambda: False)
+    assert exact_session(model(shared=False), 1).get_session_options().get_session_config_entry(entry) == "1"
     (first, _) = exact_session(model(shared=False), 1).run(None, {"x": images})
     assert first.tolist() == [[wanted] * 8]
     # A graph that ONNX Runtime cannot open so is opened as usual.
