@@ -25,6 +25,7 @@ from recipes.schema import Recipe
 # Hours are a formula, so what they assume is said beside them.
 PEAK, SHARE = 989e12, 0.4
 ASSUMED = "hours: at 40 % of 989 TFLOP/s, the dense bf16 peak of an H100; a formula, not a measurement"
+CUT = "\nmodels that are pruned, or made from one, are counted as before the cut: how it falls is known only then"
 
 
 class Training(NamedTuple):
@@ -45,7 +46,8 @@ def describe(recipe: Recipe, run: Path, processes: int = 1) -> RenderableType:
     """
     teacher = teacher_shape(recipe, run)
     found = trainings(recipe, teacher)
-    costs = (_trainings(found, recipe), Text(ASSUMED, style="dim"), Text(), *_memory(found, recipe, processes), *_caches(found))
+    assumed = ASSUMED + (CUT if recipe.pruned else "")
+    costs = (_trainings(found, recipe), Text(assumed, style="dim"), Text(), *_memory(found, recipe, processes), *_caches(found))
     return Group(_models(recipe, teacher), Text(), *costs, Text(), *_tasks(recipe), *_stages(recipe, run))
 
 
@@ -148,7 +150,8 @@ def named(config: AnyConfig) -> str:
 def _trainings(found: list[Training], r: Recipe) -> Table:
     table = Table(title="Trainings", title_justify="left")
     for name in ("stage", "images", "steps", "batch", "crops", "PFLOPs", "H100 hours"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+        words = name in ("stage", "crops")  # may break; a number in two lines is misread
+        table.add_column(name, justify="left" if name == "stage" else "right", overflow="fold", no_wrap=not words)
     for t in found:
         crops = t.config.crops
         flops = 0.0 if t.unknown else run_flops(t, r.runtime.recompute_blocks)

@@ -71,8 +71,8 @@ def verify(bundle: Path, keys: Sequence[Path], required: bool, contents: bool = 
     result = check_bundle(bundle, trust=trust_in(keys, required))
     lines = [result.summary()]
     if contents:
-        parts = [(shown(part), f"{size / 1e6:,.2f} MB", count) for part, (count, size) in result.contents().items()]
+        parts = [(shown(part), f"{size / 1e3:,.1f} kB", count) for part, (count, size) in result.contents().items()]
         wide = max(len(part) for part, _, _ in parts)
         lines += [f"{part:<{wide}}  {size:>12}  {count} {'file' if count == 1 else 'files'}" for part, size, count in parts]
-        lines.append(f"{'the archive':<{wide}}  {bundle.stat().st_size / 1e6:>9,.2f} MB")
+        lines.append(f"{'the archive':<{wide}}  {bundle.stat().st_size / 1e3:>10,.1f} kB")
     return lines

@@ -68,7 +68,7 @@ def test_what_takes_the_room():
     assert [size for _, size in sizes.values()] == sorted((size for _, size in sizes.values()), reverse=True)
     golden = [f.bytes for f in verified(Path("b.tar.gz")).manifest.files if re.fullmatch(r"golden/[^/]+", f.path)]
     assert sizes["golden"] == (len(golden), sum(golden))
-    assert archive.split()[-2:] == [f"{Path('b.tar.gz').stat().st_size / 1e6:.2f}", "MB"]
+    assert archive.split()[-2:] == [f"{Path('b.tar.gz').stat().st_size / 1e3:,.1f}", "kB"]
 
 
 def test_mistakes():
