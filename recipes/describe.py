@@ -149,8 +149,8 @@ def named(config: AnyConfig) -> str:
 
 def _trainings(found: list[Training], r: Recipe) -> Table:
     table = Table(title="Trainings", title_justify="left")
-    for name in ("stage", "images", "steps", "batch", "crops", "PFLOPs", "H100 hours"):
-        words = name in ("stage", "crops")  # may break; a number in two lines is misread
+    for name in ("stage", "images", "steps", "batch", "crops", "PFLOPs", "H100 h"):
+        words = name == "crops"  # may break; a number or a name in two lines is misread
         table.add_column(name, justify="left" if name == "stage" else "right", overflow="fold", no_wrap=not words)
     for t in found:
         crops = t.config.crops
