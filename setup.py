@@ -1,10 +1,34 @@
 """Packaging of Decant. Tool settings live in pyproject.toml; everything that pip needs is here."""
 
+import subprocess
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+
+
+class BuildWithCommit(build_py):
+    """Leaves in the package which commit it was built from: an installation has no checkout that could be asked (export/fingerprint.py)."""
+
+    def run(self):
+        super().run()
+        commit = self.asked("rev-parse", "HEAD")
+        if commit and not getattr(self, "editable_mode", False):
+            changed = "-modified" if self.asked("status", "--porcelain", "--untracked-files=no") else ""
+            (Path(self.build_lib) / "export" / "commit.txt").write_text(f"{commit}{changed}\n", encoding="ascii")
+
+    @staticmethod
+    def asked(*arguments):
+        """What git says of this checkout; None where this is none of its own, even inside another repository."""
+        try:
+            if not (HERE / ".git").exists():
+                return None
+            return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
 
 # tensorrt_rtx publishes wheels for Linux and Windows on x86-64 only; elsewhere its targets say "not measured".
 RTX = (
@@ -32,6 +56,7 @@ TEST = [
 ]
 
 setup(
+    cmdclass={"build_py": BuildWithCommit},
     name="decant-vision",
     version="0.1.0",
     description="Pour a large vision model into small ones that ship: pretrain, distil, quantize, compile, measure, bundle.",

@@ -140,10 +140,11 @@ def _gpu(line: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this file's checkout; None when it was installed otherwise, even inside another repository."""
+    """The commit of this file's checkout, or that which the installed package was built from (setup.py); None where nobody noted it."""
     here = Path(__file__).resolve()
     if _output("git", "ls-files", "--error-unmatch", here.name, cwd=here.parent) is None:
-        return None
+        noted = here.with_name("commit.txt")
+        return noted.read_text(encoding="ascii").strip() if noted.is_file() else None
     commit = _output("git", "rev-parse", "HEAD", cwd=here.parent)
     modified = _output("git", "status", "--porcelain", "--untracked-files=no", cwd=here.parent)
     return commit and commit + ("-modified" if modified else "")
