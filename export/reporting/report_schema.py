@@ -101,7 +101,7 @@ class Device(Part):
     """What came home from a device; its rows name it as `on_device`. machine_id: the condition `machine` of its rows."""
 
     name: str
-    status: Literal["done", "failed", "unreachable", "stopped"]
+    status: Literal["done", "failed", "unreachable", "nothing ran", "stopped"]
     reason: str | None
     machine: dict[str, str]
     machine_id: str | None
