@@ -146,18 +146,30 @@ def sentences(rows: list[Row], processors: int, busy: float) -> list[str]:
 
 
 def device_table(rows: list[Row]) -> Table:
-    """A line a device, file, resolution and batch."""
-    table = Table(
-        title="On devices", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for column in ("device", "file"):
-        table.add_column(column, overflow="fold")
-    for column in ("px", "batch", "p50 ms", "95 %", "a second", "PNG ms", "cosine"):
+    """One device's files, a line for each resolution and batch that was timed."""
+    lines = [line for line in device_lines(rows) if line.latency.value is not None]
+    shown = [c for c in AT[:2] if several([line.latency for line in lines], c)]
+    png = any(line.end_to_end for line in lines)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("file", overflow="fold")
+    for column in [*("px" if c == "resolution" else c for c in shown), "p50 ms", "95 %", "a second"]:
         table.add_column(column, justify="right", no_wrap=True)
-    for line in device_lines(rows):
-        latency = line.latency
-        named = [number(r.value) if r else "" for r in (line.throughput, line.end_to_end)]
+    for column in [*(["PNG ms"] if png else []), "cosine"]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in lines:
+        named = [number(r.value) if r else "" for r in (line.throughput, *([line.end_to_end] if png else []))]
         cosine = "" if line.cosine is None or line.cosine.value is None else f"{line.cosine.value:.5f}"
-        cells = [*place(latency, ["resolution", "batch"]), number(latency.value), interval(latency), *named, cosine]
-        table.add_row(line.device, latency.target, *cells)
+        cells = [*place(line.latency, shown), number(line.latency.value), interval(line.latency), *named, cosine]
+        table.add_row(line.latency.target, *cells)
     return table
+
+
+def device_gaps(rows: list[Row]) -> list[str]:
+    """One device's latencies that were not measured, a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for r in rows:
+        if r.metric == "latency_p50_ms" and r.value is None:
+            where = [f"{r.conditions[k]} px" for k in ("resolution",) if k in r.conditions]
+            where += [f"batch {r.conditions[k]}" for k in ("batch",) if k in r.conditions]
+            reasons.setdefault(str(r.reason), []).append(" ".join(["all files" if r.target == "all" else r.target, *where]))
+    return [f"not measured: {', '.join(dict.fromkeys(what))}: {reason}" for reason, what in reasons.items()]

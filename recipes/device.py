@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from recipes.loading import Draft
 from recipes.lock import locked
 
 FORMAT = "decant-devices-1"
+RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")  # as a device names them
 
 
 class DevicesFile(Config):
@@ -74,7 +75,7 @@ def devices_of(on: Sequence[str], file: Path | None, python: str | None, timeout
     listed = [] if file is None else read_devices(file)
     found = [*named, *(d.model_copy(update={k: v for k, v in given.items() if k not in d.model_fields_set}) for d in listed)]
     if not found:
-        raise UserError("Name a device with --on ssh://user@host, or a file of devices with --devices.")
+        raise UserError("Name a device with --on ssh://user@host, or a file of devices with --devices FILE.")
     if problems := DevicesFile(devices=found).problems():
         raise UserError("\n".join(f"Device {found[int(where.split('.')[1])].name}: {text}." for where, text in problems))
     return found
@@ -161,13 +162,17 @@ def show(outcomes: Sequence[Outcome], as_json: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from recipes.bench_table import device_table
+    from recipes.bench_table import device_gaps, device_table
 
     console = Console(file=sys.stdout, highlight=False)
-    console.print(device_table([r for o in outcomes for r in o.rows]))
     for o in outcomes:
-        steps = ", ".join(f"{name} {step['status']}" for name, step in o.steps.items()) or "nothing was done"
-        console.print(escape(f"{o.name}: {o.status} ({steps}){f': {o.reason}' if o.reason else ''}"))
+        console.print(f"[bold]{escape(o.name)}[/]: {o.status}{escape(f', {o.reason}') if o.reason else ''}")
+        if o.steps:
+            console.print(escape("steps: " + ", ".join(f"{name} {step['status']}" for name, step in o.steps.items())))
+        if any(r.metric == "latency_p50_ms" and r.value is not None for r in o.rows):
+            console.print(device_table(o.rows))
+        for line in device_gaps([r for r in o.rows if not (r.target == "all" and o.reason)]):  # that reason was said above
+            console.print(escape(line), soft_wrap=True)
 
 
 def look(devices: Sequence[DeviceConfig], config: Path | None, as_json: bool) -> None:
@@ -176,9 +181,20 @@ def look(devices: Sequence[DeviceConfig], config: Path | None, as_json: bool) ->
     Raises:
         EnvironmentFailed: a device does not answer.
     """
-    shown_as = ("python", "model", "gpu", "jetpack", "l4t", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "free_gb")
+    shown_as = ("python", "model", "gpu", "jetpack", "l4t", *RUNTIMES, "free_gb")
     words = ("reachable", "not reachable", "Not every device answers")
-    _report(devices, config, as_json, lambda ssh, d: ssh.ask("about", env=d.env)["about"], shown_as, words)
+
+    def about(ssh: Ssh, device: DeviceConfig) -> dict[str, Any]:
+        found = ssh.ask("about", env=device.env)["about"]
+        return found | {"missing": lacking(found)}
+
+    _report(devices, config, as_json, about, shown_as, words)
+
+
+def lacking(about: Mapping[str, Any]) -> list[str]:
+    """What a bundle needs and a device does not have, in words."""
+    found = [word for key, word in (("numpy", "numpy"), ("pillow", "Pillow")) if key not in about]
+    return found + (["a runtime"] if not any(name in about for name in RUNTIMES) else [])
 
 
 def clean(devices: Sequence[DeviceConfig], config: Path | None, as_json: bool) -> None:
@@ -217,6 +233,7 @@ def _report(
             table.add_column(column, overflow="fold")
         for d, found, why in answers:
             state = words[0] if found is not None else f"{words[1]}: {why}"
+            state += f"; missing: {', '.join(missing)}" if (missing := (found or {}).get("missing")) else ""
             table.add_row(d.name, state, *(shown(str((found or {}).get(c, ""))) for c in here))
         Console(file=sys.stdout, highlight=False).print(table)
     if lost := [f"{d.name}: {why}" for d, _, why in answers if why]:

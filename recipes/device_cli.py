@@ -16,6 +16,7 @@ On = Annotated[
     typer.Option("--on", metavar="ADDRESS", help="ssh://user@host[:port][/dir]; may be repeated. /~/dir is in the home."),
 ]
 Devices = Annotated[Path | None, typer.Option("--devices", metavar="FILE", help="A YAML file of devices.")]
+File = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A YAML file of devices, as --devices names one too.")]
 Python = Annotated[
     str | None, typer.Option("--python", help="The device's Python that has the runtimes, or a path there. By default python3.")
 ]
@@ -55,7 +56,8 @@ def run(
     """Copy a bundle to devices, verify it, rebuild its engines, self-test and time it there, and bring the numbers home.
 
     Uses your `ssh` with its keys, agent, aliases and jump hosts; `ssh HOST` must work without a question. It runs code of the bundle on
-    the devices: --key says whose it must be. Exit code 1 when a device fails a check, 3 when one cannot be reached.
+    the devices: --key says whose it must be. Exit code 1 when a device fails a check, 3 when one cannot be reached or can
+    run nothing.
     """
     with sentences(), interrupting(TERM_AND_HANGUP):
         from export.reporting.device_report import FOLDER
@@ -78,10 +80,22 @@ def run(
             typer.echo(f"Next:   decant report {run}")
 
 
+def one_file(argument: Path | None, option: Path | None) -> Path | None:
+    """The device file, which may be named in two ways.
+
+    Raises:
+        UserError: it was, with two names.
+    """
+    if argument is not None and option is not None:
+        raise UserError(f"{argument} and --devices {option} both name a device file; give one of them.")
+    return argument or option
+
+
 @app.command("list")
 def look(
-    devices: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A YAML file of devices.")] = None,
+    file: File = None,
     on: On = [],  # noqa: B006
+    devices: Devices = None,
     python: Python = None,
     ssh_config: SshConfig = None,
     as_json: AsJson = False,
@@ -91,11 +105,12 @@ def look(
         from recipes.device import devices_of
         from recipes.device import look as look_at
 
-        look_at(devices_of(on, devices, python, None), ssh_config, as_json)
+        look_at(devices_of(on, one_file(file, devices), python, None), ssh_config, as_json)
 
 
 @app.command()
 def clean(
+    file: File = None,
     on: On = [],  # noqa: B006
     devices: Devices = None,
     python: Python = None,
@@ -107,4 +122,4 @@ def clean(
         from recipes.device import clean as clean_up
         from recipes.device import devices_of
 
-        clean_up(devices_of(on, devices, python, None), ssh_config, as_json)
+        clean_up(devices_of(on, one_file(file, devices), python, None), ssh_config, as_json)

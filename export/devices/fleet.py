@@ -23,6 +23,7 @@ from export.devices.config import DeviceConfig
 from export.devices.results import ABOUT, LOG, ROWS, begin, place
 from export.devices.rows import lost_row, rows_home
 from export.devices.ssh import DeviceFailed, Lost, Ssh, Stopped, Unreachable, sockets
+from export.devices.telling import clause, reason_told, unnamed
 from export.devices.transfer import copy
 
 T = TypeVar("T")
@@ -55,8 +56,9 @@ class Outcome:
     """What became of one device.
 
     Attributes:
-        status: `done`; `failed`: one of its checks did; `unreachable`: it was not there, went away, or cannot run anything; `stopped`.
-        reason: a clause; None when it is done.
+        status: `done`; `failed`: one of its checks did; `unreachable`: it was not there or went away; `nothing ran`: it answered, and
+            cannot run anything; `stopped`.
+        reason: a clause; None when it is done. told: reason and steps for rows and reports, without names of hosts.
         reports: of build, bench and self-test, as far as they came home. machine: as bench.py (or else selftest.py) tells it.
     """
 
@@ -65,6 +67,7 @@ class Outcome:
     reason: str | None = "it was stopped before it began"
     machine: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
@@ -73,7 +76,7 @@ class Outcome:
         return {"done": 0, "failed": 1}.get(self.status, 3)
 
     def to_json(self) -> dict[str, Any]:
-        kept = ("name", "status", "reason", "machine", "steps")
+        kept = ("name", "status", "reason", "machine", "steps", "told")
         return {"format": FORMAT, "exit_code": self.exit_code, **{k: getattr(self, k) for k in kept}}
 
 
@@ -104,25 +107,45 @@ class DeviceRun:
         o = self.outcome
         try:
             self.steps()
-            failed = [f"{name}: {s['why']}" for name, s in o.steps.items() if s["status"] == "failed"]
-            missing = [f"{name}: {s['why']}" for name, s in o.steps.items() if s["status"] == "nothing"]
-            o.status, o.reason = (
-                ("failed" if failed else "unreachable" if missing else "done"),
-                "; ".join(failed or missing) or None,
-            )
+            self.concluded()
         except Stopped:
-            o.status, o.reason = "stopped", "it was stopped"
+            self.ended("stopped", "it was stopped")
         except Unreachable as e:
-            o.status, o.reason = "unreachable", str(e)
+            self.ended("unreachable", str(e), e.told)
         except DeviceFailed as e:
-            o.status, o.reason = "unreachable" if not o.steps else "failed", str(e)
+            self.ended("failed" if o.steps else "nothing ran", str(e), e.told)
         except Lost as e:
-            o.status, o.reason = "unreachable", f"the connection was lost {TRIES} times ({e})"
+            lost = ("the connection was lost", "times") if self.ssh.answered else ("it could not be reached in", "tries")
+            told = "the connection was lost" if self.ssh.answered else None
+            self.ended("unreachable", f"{lost[0]} {TRIES} {lost[1]} ({e})", told or "it could not be reached")
         finally:
             self.keep()
         if o.reason:
-            self.progress.say(f"{o.name}: {o.reason}", warning=True)
+            self.progress.say(f"{o.name}: {o.status}", warning=True)
         return o
+
+    def concluded(self) -> None:
+        """What the steps amount to, once all were gone through."""
+        steps = self.outcome.steps
+        failed = [f"{name}: {s['why']}" for name, s in steps.items() if s["status"] == "failed"]
+        missing = {name: s["why"] for name, s in steps.items() if s["status"] == "nothing"}
+        if failed:
+            whole = "; ".join(failed)
+            self.ended("failed", whole, self.unnamed(whole))
+        elif missing:  # bench.py and selftest.py say the same in other words
+            why = next(iter(missing.values()))
+            whole = why if len(missing) > 1 else f"{next(iter(missing))}: {why}"
+            self.ended("nothing ran", whole, self.unnamed(whole))
+        else:
+            self.ended("done", None)
+
+    def ended(self, status: str, reason: str | None, told: str | None = None) -> None:
+        o = self.outcome
+        o.status, o.reason = status, reason
+        o.told["reason"] = told or (reason_told(reason, self.ssh.address.host, status) if reason else None)
+
+    def unnamed(self, text: str) -> str:
+        return unnamed(text, self.ssh.address.host)
 
     def steps(self) -> None:
         """Copy, unpack, rebuild, time, test; a step whose connection is lost is tried again from where it stands."""
@@ -190,7 +213,7 @@ class DeviceRun:
         write_json(self.new / f"{name}.json", report)
         # One script's description alone, so that a machine has one id however far a run came.
         if name != "build" and report.get("machine") and not self.outcome.machine:
-            self.outcome.machine = {shown(str(k)): shown(str(v)) for k, v in sorted(report["machine"].items())}
+            self.outcome.machine = {shown(str(k)): self.unnamed(shown(str(v))) for k, v in sorted(report["machine"].items())}
         if found["code"] == 0 and report.get("exit_code") == 0:
             return {}
         if found["code"] == 3:  # no TensorRT for the kit is no failure: the ONNX files still run
@@ -204,9 +227,13 @@ class DeviceRun:
         """Write what is known: rows that were measured, and a row that says why the rest was not."""
         o, job = self.outcome, self.job
         about = {"bundle_sha256": job.sha256, "on_device": o.name}
-        o.rows = rows_home(o.reports, job.subject, about, o.machine, file_hashes(job.bundle.manifest))
+        o.told["steps"] = {
+            name: step | ({"why": self.unnamed(step["why"])} if "why" in step else {}) for name, step in o.steps.items()
+        }
+        found = rows_home(o.reports, job.subject, about, o.machine, file_hashes(job.bundle.manifest))
+        o.rows = [r.model_copy(update={"reason": self.unnamed(r.reason)}) if r.reason else r for r in found]
         if not any(r.metric == "latency_p50_ms" for r in o.rows):
-            o.rows.append(lost_row(job.subject, o.reason or "bench.py gave no latency", about))
+            o.rows.append(lost_row(job.subject, o.told.get("reason") or "bench.py gave no latency", about))
         when = {"begun": self.begun, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "bundle_sha256": job.sha256}
         try:
             write_rows(self.new / ROWS, o.rows)
@@ -226,8 +253,11 @@ def problem_of(report: dict[str, Any]) -> str | None:
     lines = [r for key in ("results", "rows") for r in report.get(key, []) if isinstance(r, dict)]
     wrong = [r for r in lines if r.get("status") == "FAIL" or (r.get("conditions") or {}).get("failed")]
     wrong = wrong or [r for r in lines if r.get("status") in ("SKIP", "not measured")]
-    texts = dict.fromkeys(f"{r.get('check', r.get('target'))}: {r.get('text', r.get('reason'))}" for r in wrong)
-    return "; ".join(shown(t) for t in list(texts)[:3]) or None
+    texts: dict[str, list[str]] = {}
+    for r in wrong:
+        texts.setdefault(str(r.get("text", r.get("reason"))), []).append(str(r.get("check", r.get("target"))))
+    told = [t if who[0] in ("all", "machine") or len(texts) == 1 < len(who) else f"{who[0]}: {t}" for t, who in texts.items()]
+    return "; ".join(clause(t) for t in told[:3]) or None
 
 
 def ask_all(

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from distill.files import sha256_json
 from distill.rows import Row, not_measured
 from export.bundling.archive import shown
+from export.devices.telling import clause
 
 MOST_ROWS = 5_000
 MEASURED = frozenset(
@@ -58,7 +59,8 @@ def timed_row(raw: Any, subject: str, about: Json) -> Row | None:
         return None
     own = {shown(str(k)): scalar(v) for k, v in raw.get("conditions", {}).items() if finite(v)}
     found: Json = {k: raw[k] for k in ("value", "low", "high", "n", "status") if k in raw}
-    found |= {k: shown(str(raw[k])) for k in ("metric", "target", "reason") if raw.get(k) is not None}
+    found |= {k: shown(str(raw[k])) for k in ("metric", "target") if raw.get(k) is not None}
+    found |= {"reason": clause(str(raw["reason"]))} if raw.get("reason") is not None else {}
     try:
         row = Row(subject=subject, conditions=own | about, **found)
     except (ValidationError, OverflowError):
@@ -96,7 +98,7 @@ def selftest_rows(results: list[Any], subject: str, about: Json) -> list[Row]:
 
 
 def lost_row(subject: str, reason: str, about: Json) -> Row:
-    return not_measured("latency_p50_ms", subject, "all", shown(reason), **about)
+    return not_measured("latency_p50_ms", subject, "all", clause(reason), **about)
 
 
 def scalar(value: Any) -> str | int | float | bool | None:

@@ -32,7 +32,14 @@ HOPELESS = ("permission denied", "host key verification failed", "bad configurat
 
 
 class DeviceFailed(Exception):
-    """Why a device does not do what it was asked, as a clause. Asking again does not help."""
+    """Why a device does not do what it was asked, as a clause. Asking again does not help.
+
+    told: the same for reports; None: what telling.py leaves of it.
+    """
+
+    def __init__(self, why: str, told: str | None = None):
+        super().__init__(why)
+        self.told = told
 
 
 class Unreachable(DeviceFailed):
@@ -60,6 +67,7 @@ class Ssh:
     def __init__(self, address: Address, python: str, config: Path | None, log: Path, sockets: Path):
         self.address, self.python, self.config, self.log = address, python, config, log
         self.token: str | None = None  # of the run that holds the device's folder
+        self.answered = False  # so far
         self.socket = sockets / uuid.uuid4().hex[:8]
         self.stopped = threading.Event()
         self.lock = threading.Lock()
@@ -171,7 +179,9 @@ class Ssh:
                 start_new_session=True,
             )
         except FileNotFoundError:
-            raise Unreachable("there is no `ssh` on this machine; install OpenSSH's client") from None
+            raise Unreachable(
+                "there is no `ssh` on this machine; install OpenSSH's client", "it could not be reached"
+            ) from None
         with self.lock:
             self.running.add(process)
         said = Errors(process, self.log)
@@ -208,6 +218,7 @@ class Ssh:
         said = shown((errors.strip().splitlines() or [f"ssh ended with {code}"])[-1])
         marked = [line for line in output.split(b"\n") if line.startswith(MARK)]
         if marked and code == 0:
+            self.answered = True
             try:
                 found = read_answer(do, marked[-1][len(MARK) :])
             except ValueError as e:
@@ -219,11 +230,18 @@ class Ssh:
         if code == LOST and any(
             word in said.lower() for word in HOPELESS
         ):  # of the last line: what the device wrote is before it
-            raise Unreachable(f"ssh cannot log in ({said}); `ssh {self.address.host}` must work without a question")
+            why = f"ssh cannot log in ({said}); `ssh {self.address.host}` must work without a question"
+            raise Unreachable(why, "ssh could not log in")
+        if (
+            code == LOST and not self.answered and "could not resolve hostname" in said.lower()
+        ):  # later it is a network's hiccup
+            raise Unreachable(f"no host has its name ({said}); correct the address", "its name led to no host")
         if code in (126, 127):
-            raise DeviceFailed(f"it has no {shown(self.python)} ({said}); name its Python with --python")
+            why = f"it has no {shown(self.python)} ({said}); name its Python with --python"
+            raise DeviceFailed(why, "the Python that was named is not there")
         if code > 0 and code != LOST:
-            raise DeviceFailed(f"its Python ended with {code} ({said}); 3.9 or newer is needed")
+            why = f"its Python ended with {code} ({said}); 3.9 or newer is needed"
+            raise DeviceFailed(why, f"its Python ended with {code}")
         raise Lost(said)
 
 

@@ -11,9 +11,42 @@ from distill.files import read_json, sha256_file
 from distill.rows import Row, read_rows
 from export.artifact import NAME, read_artifact
 from export.devices.results import ABOUT, LAST_ATTEMPT, failed_attempt
+from export.devices.telling import told_of, unnamed
 from export.reporting.labels import label_of, short_name
 
 FOLDER = "devices"
+STEPS = {
+    "copy": "Copy",
+    "unpack": "Unpack",
+    "build": "Build engines",
+    "bench": "Time",
+    "selftest": "Self-test",
+}  # in this order
+STATES = {
+    "done": "Passed",
+    "failed": "Failed",
+    "unreachable": "Unreachable",
+    "nothing ran": "Nothing ran",
+    "stopped": "Stopped",
+}
+FACTS = {
+    "model": "{}",
+    "machine": "{}",
+    "system": "{}",
+    "cpu": "processor {}",
+    "threads": "{} threads",
+    "memory_gb": "memory {} GB",
+    "gpu": "GPU {}",
+    "jetpack": "JetPack {}",
+    "l4t": "L4T {}",
+    "power_mode": "power mode {}",
+    "python": "Python {}",
+    "numpy": "NumPy {}",
+    "onnxruntime": "ONNX Runtime {}",
+    "openvino": "OpenVINO {}",
+    "tensorrt": "TensorRT {}",
+    "tensorrt_rtx": "TensorRT for RTX {}",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +60,12 @@ class DeviceLine:
     end_to_end: Row | None
     memory: Row | None
     cosine: Row | None
+
+    @property
+    def where(self) -> str:
+        """`48 px, batch 1`, as far as it is known."""
+        c = self.latency.conditions
+        return ", ".join(form.format(c[k]) for k, form in (("resolution", "{} px"), ("batch", "batch {}")) if c.get(k))
 
     @property
     def label(self) -> str:
@@ -47,16 +86,24 @@ def collect(run_folder: Path) -> list[dict[str, Any]]:
 def _device(path: Path, run_folder: Path) -> dict[str, Any]:
     about, every = read_json(path), read_rows(path.with_name("rows.jsonl"))
     have = {r.subject: set(hashes_in(run_folder, r.subject.partition("/")[2]).values()) for r in every}
+    told = told_of(about)
+    if "told" not in about:  # by a version whose rows had reasons with names of hosts
+        general = told["reason"] or "the reason was not kept"
+        every = [
+            r.model_copy(update={"reason": general if r.target == "all" else unnamed(r.reason)}) if r.reason else r
+            for r in every
+        ]
     rows = [r for r in every if _of_today(r, have[r.subject])]
-    notes = [about["reason"]] if about["reason"] else []
+    notes = [told["reason"]] if told["reason"] else []
     if len(rows) < len(every):
         notes.append(
             f"{len(every) - len(rows)} numbers are of files that the run no longer has and are left out; measure again"
         )
     if later := failed_attempt(path.parent):
-        notes.append(f"a later attempt ({later.get('ended')}) measured nothing: {later.get('reason')}")
+        notes.append(f"a later attempt ({later.get('ended')}) measured nothing: {told_of(later)['reason']}")
     return {
-        **{k: about[k] for k in ("name", "status", "machine", "steps", "ended", "bundle_sha256")},
+        **{k: about[k] for k in ("name", "status", "machine", "ended", "bundle_sha256")},
+        "steps": told["steps"],
         "reason": "; ".join(notes) or None,
         "machine_id": next((str(r.conditions["machine"]) for r in rows if "machine" in r.conditions), None),
         "rows": [r.model_dump(exclude_none=True) for r in rows],
@@ -80,6 +127,31 @@ def hashes_in(run_folder: Path, student: str) -> dict[tuple[str, int], str]:
             artifact = read_artifact(path.parent)
             found.update({(artifact.target, f.resolution): f.sha256 for f in artifact.files})
     return found
+
+
+def views(devices: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the page says of each device, in words: state, facts of the machine, steps in their order; whether it has a latency."""
+    return [
+        d
+        | {
+            "state": STATES[d["status"]],
+            "measured": any(r["metric"] == "latency_p50_ms" and r["status"] == "measured" for r in d["rows"]),
+            "facts": _facts(d["machine"]),
+            "steps": [_step(name, d["steps"][name]) for name in STEPS if name in d["steps"]],
+        }
+        for d in devices
+    ]
+
+
+def _facts(machine: dict[str, str]) -> list[str]:
+    known = [form.format(machine[k]) for k, form in FACTS.items() if k in machine]
+    return known + [f"{k.replace('_', ' ')} {v}" for k, v in machine.items() if k not in FACTS]
+
+
+def _step(name: str, step: dict[str, Any]) -> str:
+    status = {"nothing": "nothing ran", "absent": "not in the bundle"}.get(step["status"], step["status"])
+    took = f" in {step['seconds']:.1f} s" if status == "done" and "seconds" in step else ""
+    return f"{STEPS[name]}: {status}{took}" + (f": {step['why']}" if step.get("why") and step["status"] != "absent" else "")
 
 
 def rows_of(devices: Sequence[dict[str, Any]]) -> list[Row]:

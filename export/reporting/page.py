@@ -66,6 +66,7 @@ def render(
             number=Counter(),
             compression=compression,
             tasks=tasks,
+            devices=device_report.views(report["devices"]),
             device_lines=device_report.device_lines(device_report.rows_of(report["devices"])),
             book=book,
             headline=headline,

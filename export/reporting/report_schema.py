@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from distill.rows import Row
 
 SCHEMA: Literal["decant-report-1"] = "decant-report-1"
-VERSION: Literal["1.2"] = "1.2"
+VERSION: Literal["1.3"] = "1.3"
 
 
 class Part(BaseModel):
@@ -101,7 +101,7 @@ class Device(Part):
     """What came home from a device; its rows name it as `on_device`. machine_id: the condition `machine` of its rows."""
 
     name: str
-    status: Literal["done", "failed", "unreachable", "stopped"]
+    status: Literal["done", "failed", "unreachable", "nothing ran", "stopped"]
     reason: str | None
     machine: dict[str, str]
     machine_id: str | None
@@ -125,7 +125,7 @@ class Report(Part):
     model_config = ConfigDict(extra="forbid", title="Decant report")
 
     schema_: Literal["decant-report-1"] = Field(alias="schema")
-    schema_version: Literal["1.2"]
+    schema_version: Literal["1.3"]
     title: str
     run: RunInfo
     summary: list[str]

@@ -14,6 +14,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       th.setAttribute("aria-sort", down ? "descending" : "ascending");
       const value = (row) => {
         const cell = row.cells[column];
+        if (!cell) return ""; // a cell that says why nothing was measured stands for the rest
         return "value" in cell.dataset ? cell.dataset.value : cell.textContent.trim();
       };
       for (const body of table.tBodies) {

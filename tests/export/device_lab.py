@@ -25,6 +25,8 @@ with open(lab + "/asked.jsonl", "a") as f:
     f.write(json.dumps(dict(request, host=host)) + chr(10))
 if host == "dead":
     sys.exit(print("ssh: connect to host dead port 22: No route to host", file=sys.stderr) or 255)
+if host == "nowhere":
+    sys.exit(print("ssh: Could not resolve hostname nowhere: Name or service not known", file=sys.stderr) or 255)
 if host == "locked":
     sys.exit(print("me@locked: Permission denied (publickey).", file=sys.stderr) or 255)
 os.environ["HOME"] = lab + "/" + host
@@ -74,6 +76,15 @@ def beside_selftest(folder: Path, lines: str, script: str = "selftest.py") -> di
     folder.mkdir(exist_ok=True)
     body = "".join(f"    {line}\n" for line in lines.splitlines())
     text = f"import sys\nif any(a.endswith({script!r}) for a in sys.orig_argv):\n    import json, os, time\n{body}"
+    (folder / "sitecustomize.py").write_text(text)
+    return {"PYTHONPATH": str(folder)}
+
+
+def without(folder: Path, *modules: str) -> dict[str, str]:
+    """Environment in which Python finds no such modules."""
+    folder.mkdir()
+    found = f"None if name in {modules!r} else real(name, *more)"
+    text = f"import importlib.util as u\nreal = u.find_spec\nu.find_spec = lambda name, *more: {found}\n"
     (folder / "sitecustomize.py").write_text(text)
     return {"PYTHONPATH": str(folder)}
 

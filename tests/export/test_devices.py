@@ -66,7 +66,9 @@ def test_two_devices_at_once_and_a_dead_one(lab, job, tmp_path):
     assert "No route to host" in str(dead.reason)
     (lost,) = read_rows(tmp_path / "out/dead/rows.jsonl")
     assert (lost.status, lost.conditions["on_device"]) == ("not measured", "dead")
-    assert "No route to host" in str(lost.reason)
+    assert lost.reason == "it could not be reached"
+    told = json.loads((tmp_path / "out/dead/device.json").read_text())
+    assert "No route to host" in told["reason"]  # the whole text stays with who ran it
     rows = read_rows(tmp_path / "out/one/rows.jsonl")
     assert rows == good.rows
     timed = [r for r in rows if r.metric == "latency_p50_ms"]
@@ -238,7 +240,7 @@ def test_a_device_without_python_or_room(lab, job, tmp_path):
 def test_rows_land_in_the_report(lab, bundle, tmp_path, capsys, monkeypatch):
     run, devices = exported(tmp_path / "run", bundle), [device("one"), device("dead")]
     monkeypatch.setattr("export.devices.fleet.TRIES", 1)
-    with pytest.raises(EnvironmentFailed, match="dead: the connection was lost"):
+    with pytest.raises(EnvironmentFailed, match="dead: it could not be reached in 1 tries"):
         run_command(bundle, devices, Trust(), run / "devices", "pruned/small", FAST, None, True, QUIET)
     printed = json.loads(capsys.readouterr().out)
     assert (printed["format"], printed["exit_code"]) == ("decant-devices-1", 3)
@@ -258,8 +260,13 @@ def test_rows_land_in_the_report(lab, bundle, tmp_path, capsys, monkeypatch):
     assert len(report["rows"]) == 1  # the run's own numbers stay its own
     assert "| one | pruned small, ONNX FP32 | 32 | 1 |" in (tmp_path / "report/report.md").read_text()
     assert "On devices" in page.read_text()
-    assert "No route to host" in page.read_text()
-    write_json(run / "devices/one/last_attempt/device.json", {"ended": "today", "reason": "it was off"})
+    assert "Unreachable: it could not be reached. Last tried" in page.read_text()
+    assert "Time: done in" in page.read_text()
+    for file in (*(tmp_path / "report").iterdir(), run / "devices/dead/rows.jsonl", run / "devices/one/rows.jsonl"):
+        assert not [
+            word for word in ("ssh:", "No route", str(tmp_path), "port 22") if word in file.read_text("utf-8", "replace")
+        ]
+    write_json(run / "devices/one/last_attempt/device.json", {"ended": "today", "told": {"reason": "it was off"}})
     artifact = run / "export/small/onnx-fp32/artifact.json"
     write_json(artifact, json.loads(artifact.read_text().replace(sha256_file(artifact.with_name("model_32.onnx")), "0" * 64)))
     _, one = device_report.collect(run)

@@ -193,7 +193,8 @@ def test_no_cell_of_the_table_is_a_formula():
 def test_list_and_clean_take_nothing_malformed_and_keep_the_names(answers, capsys):
     answers(about='{"ok": true, "about": {"name": "mine", "reason": "x", "on": "y", "python": "3.9"}}')
     look([device("one")], None, True)
-    assert json.loads(capsys.readouterr().out) == [{"name": "one", "on": "ssh://one", "reason": None, "python": "3.9"}]
+    told = {"name": "one", "on": "ssh://one", "reason": None, "python": "3.9"}
+    assert json.loads(capsys.readouterr().out) == [told | {"missing": ["numpy", "Pillow", "a runtime"]}]
     answers(about='{"ok": true}')
     with pytest.raises(EnvironmentFailed, match="its answer to `about` is none"):
         look([device("one")], None, False)

@@ -342,7 +342,14 @@ def do_about(request):
     near = Path.home() / request["folder"]
     while not near.exists():
         near = near.parent
-    return {"about": {**globals()["machine"](), "free_gb": round(shutil.disk_usage(near).free / 1e9, 1)}}
+    pillow = globals()["version"]("PIL")
+    return {
+        "about": {
+            **globals()["machine"](),
+            **({"pillow": pillow} if pillow else {}),
+            "free_gb": round(shutil.disk_usage(near).free / 1e9, 1),
+        }
+    }
 
 
 def do_clean(request):
