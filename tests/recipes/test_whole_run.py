@@ -62,7 +62,7 @@ runtime: {workers: 0, threads: 1, checkpoint_every: 7, log_every: 5}
 STAGES = ["pretrain", "distill", "control/a", "export/a/onnx-fp32", "export/a/onnx-int8", "export/b/rtx-int8"]
 STAGES += ["parity", "evaluate", "benchmark", "report", "bundle"]
 TRAININGS = ("pretrain", "distill", "control/a")
-TIMED = ("latency", "images_per_s", "_s", "memory", "noise", "preprocess")
+TIMED = ("latency", "images_per_s", "_s", "memory", "noise", "preprocess", "energy")
 
 
 def command(*words: object) -> list[str]:
