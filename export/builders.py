@@ -20,6 +20,7 @@ from distill.models.kinds import AnyBackbone
 from distill.progress import Progress
 from distill.sparsity import block_linears, is_2_4
 from export.artifact import NAME, Artifact, ArtifactFile, ExtraFile, TensorSpec
+from export.budgeted import search_kept
 from export.engine import build_engine, load_runtime
 from export.engine_config import EngineConfig
 from export.graph import INPUT, OPSET, OUTPUTS, export_onnx, load_graph, serialize, type_counts
@@ -29,7 +30,6 @@ from export.half import fit_half
 from export.lint import lint
 from export.proof import prove, refuse
 from export.quantize import QuantizeConfig, quantize
-from export.quantizing.budgeted import search_kept
 from export.quantizing.calibrate import calibrate
 from export.quantizing.calibration import Calibration
 from export.quantizing.others import OTHERS

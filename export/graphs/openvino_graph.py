@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.graph import constants, set_constants
+from export.graphs.nodes import constants, set_constants
 from export.graphs.stored_half import store_half
 
 
