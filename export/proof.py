@@ -29,6 +29,9 @@ CLAIMS: dict[Precision, str] = {
     "w4": "INT4-weight",
 }
 QUANTIZED_CLAIMS = ("int8", "fp8", "w8", "w4")
+CURES = {
+    "w4": " Where its widths are no multiples of quantize.block, prune with a round_to that is, lower the block, or leave the target out."
+}
 # Operators that compute in 8-bit integers whatever surrounds them, and where their operands are.
 INTEGER_OPS = {
     "QLinearMatMul": (0, 3),
@@ -169,7 +172,7 @@ def refuse(
     if share < least_share:
         raise GateFailed(
             f"{name} is called {claimed} but only {share:.0%} of its FLOPs are {want}: "
-            f"{wrong[0].name} is {wrong[0].type or 'of unknown type'}."
+            f"{wrong[0].name} is {wrong[0].type or 'of unknown type'}.{CURES.get(claimed, '')}"
         )
 
 

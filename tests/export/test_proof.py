@@ -90,6 +90,10 @@ def test_the_first_layer_that_lies_is_named(fp32, fp16):
 def test_a_plan_that_keeps_everything_is_no_int8(fp32):
     with pytest.raises(GateFailed, match=r"is called int8 but only 0% of its FLOPs are INT8"):
         refuse(prove(fp32), "int8", kept=["*"])
+    with pytest.raises(
+        GateFailed, match=r"called w4 but only 0% .* multiples of quantize.block, prune with a round_to that is"
+    ):
+        refuse(prove(fp32), "w4", kept=["*"])
 
 
 def test_a_graph_without_products():
