@@ -1,5 +1,6 @@
 """What an ONNX graph, ours or anyone's, consists of: element types and shapes at batch 1, who makes and who reads a tensor, what is
-constant and what comes out of quantization. `export/proof.py` counts on it and `export/lint_*.py` judge by it. Nothing is executed.
+constant and what comes out of quantization. `export/proof.py` counts on it, the rules in `export/linting/` judge by it. Nothing is
+executed.
 """
 
 from collections import defaultdict

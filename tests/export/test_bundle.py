@@ -677,6 +677,21 @@ def engine(good, tmp_path, monkeypatch):
     return infer, artifact, driver
 
 
+@pytest.mark.parametrize("vnni", [True, False])
+def test_exact_products_are_asked_for_where_the_processor_has_none(good, tmp_path, monkeypatch, vnni):
+    unpack(good, tmp_path / "b")
+    spec = importlib.util.spec_from_file_location("bundle_infer_vnni", tmp_path / "b/infer.py")
+    infer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(infer)
+    monkeypatch.setattr(infer, "has_vnni", lambda: vnni)
+    options = infer.open_model("onnx-int8", 32).opened.session.get_session_options()
+    if vnni:
+        with pytest.raises(RuntimeError, match="x64quantprecision"):
+            options.get_session_config_entry("session.x64quantprecision")
+    else:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+
+
 def test_engine_runs_through_the_driver(engine):
     infer, artifact, driver = engine
     model = infer.Model(artifact, artifact["files"][0])
